@@ -1,0 +1,149 @@
+"""How much of a module does each rank hold? Parameters and bytes, from shapes and layouts alone."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from torch import nn
+
+from meshweave.config import LANGUAGE
+from meshweave.errors import LayoutError
+from meshweave.layout import Placement
+from meshweave.model.families import tensor_plan
+from meshweave.model.modules import ModelGraph
+
+COPIES = 4
+"""Tensors kept for one parameter: itself, its gradient, and AdamW's two moments, all in the stored dtype."""
+
+SPLIT_DIMS: Mapping[str, tuple[int, int | None]] = {
+    "colwise": (-2, 0),
+    "colwise_gather_output": (-2, 0),
+    "colwise_rep": (-2, 0),
+    "packed_colwise": (-2, 0),
+    "rowwise": (-1, None),
+    "rowwise_rep": (-1, None),
+    "rowwise_split_input": (-1, None),
+    "packed_rowwise": (-1, None),
+    "embedding_rowwise": (0, None),
+    "embedding_colwise": (1, None),
+}
+"""Style of a tensor-parallel plan to the dims of weight and bias that `tp` splits; other styles split nothing."""
+
+
+@dataclass(frozen=True)
+class ModuleFootprint:
+    """How many parameters a module has, and how many of them each of its ranks holds."""
+
+    parameters: int
+    """Of the whole module; tied ones once."""
+    local: Mapping[int, int] | None
+    """Rank to the parameters it holds; None under a layout that is not built yet (pp, ep, etp)."""
+    parameter_bytes: int
+    """Bytes of one stored parameter."""
+
+    def local_bytes(self, rank: int) -> int | None:
+        """Bytes of `rank`'s parameters, gradients and AdamW state, without activations; None as for `local`."""
+        return None if self.local is None else self.local.get(rank, 0) * self.parameter_bytes * COPIES
+
+
+def footprints(
+    graph: ModelGraph,
+    placements: Mapping[str, Placement],
+    data_parallel: Mapping[str, Literal["shard", "replicate"]],
+) -> dict[str, ModuleFootprint]:
+    """Footprint of every placed module.
+
+    Args:
+        graph: a model in its stored dtype, not split; on the meta device it costs no memory.
+        data_parallel: module to how it is kept over `dp`.
+
+    Raises:
+        LayoutError: a module has `tp` above 1, but no tensor-parallel plan.
+    """
+    return {
+        name: _footprint(graph, name, placement, data_parallel[name] == "shard")
+        for name, placement in placements.items()
+    }
+
+
+def _footprint(graph: ModelGraph, name: str, placement: Placement, sharded: bool) -> ModuleFootprint:
+    layout = placement.layout
+    parameters = graph.parameters(name)
+    split = _split_dims(graph, name) if layout.tp > 1 else {}
+    # A model has a few distinct shapes and thousands of parameters.
+    shapes = Counter((tuple(value.shape), split.get(key)) for key, value in parameters.items())
+    local = None
+    if layout.pp == layout.ep == layout.etp == 1:
+        lanes = layout.dp if sharded else 1
+        held = {
+            (tp, dp): sum(
+                count * _part(shape, dim, layout.tp, tp, lanes, dp) for (shape, dim), count in shapes.items()
+            )
+            for tp in range(layout.tp)
+            for dp in range(lanes)
+        }
+        local = {}
+        for rank in placement.ranks:
+            coordinate = placement.coordinate(rank)
+            assert coordinate is not None
+            local[rank] = held[coordinate["tp"], coordinate["dp"] % lanes]
+    first = next(iter(parameters.values()))
+    whole = sum(value.numel() for value in parameters.values())
+    return ModuleFootprint(whole, local, first.element_size())
+
+
+def _part(shape: tuple[int, ...], dim: int | None, tp_size: int, tp: int, dp_size: int, dp: int) -> int:
+    """Elements of one parameter on the rank at (`tp`, `dp`): `dim` is cut over tp, then dim 0 over dp."""
+    sizes = list(shape)
+    if dim is not None:
+        sizes[dim] = _chunk(sizes[dim], tp_size, tp)
+    if sizes:
+        sizes[0] = _chunk(sizes[0], dp_size, dp)
+    return prod(sizes)
+
+
+def _chunk(size: int, parts: int, index: int) -> int:
+    """Length of the `index`-th chunk that torch.chunk makes of `size`."""
+    length = -(-size // parts)
+    return max(0, min(length, size - index * length))
+
+
+def _split_dims(graph: ModelGraph, name: str) -> dict[str, int | None]:
+    """Full parameter name to the dim that `tp` splits, for the parameters that the plans name."""
+    found: dict[str, int | None] = {}
+    planned = False
+    for child, module in graph.of_module(name).items():
+        config = getattr(module, "config", None)
+        plan = tensor_plan(config) if config is not None else None
+        if plan is not None:
+            planned = True
+            for key, parameter, style in _split(module, plan.rules):
+                found[f"{child}.{key}"] = _split_dim(parameter, style)
+    if not planned:
+        raise LayoutError(f"modules.{name}: there is no tensor-parallel plan for it; set tp to 1")
+    head = graph.model.get_output_embeddings()
+    tied = head.weight is graph.model.get_input_embeddings().weight
+    if name == LANGUAGE and not tied:
+        where = next(key for key, module in graph.model.named_modules() if module is head)
+        for key, parameter in head.named_parameters():
+            found[f"{where}.{key}"] = _split_dim(parameter, "colwise")
+    return found
+
+
+def _split(module: nn.Module, rules: Mapping[str, str]) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """Parameters that a plan's rules split, named directly or by their module, with the rule's style."""
+    parameters = dict(module.named_parameters())
+    for pattern, style in rules.items():
+        if style in SPLIT_DIMS:
+            name_of = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
+            for key, parameter in parameters.items():
+                if name_of.fullmatch(key) or name_of.fullmatch(key.rpartition(".")[0]):
+                    yield key, parameter, style
+
+
+def _split_dim(parameter: nn.Parameter, style: str) -> int | None:
+    weight, bias = SPLIT_DIMS[style]
+    return bias if parameter.ndim == 1 else weight

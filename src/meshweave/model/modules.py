@@ -1,0 +1,151 @@
+"""Which modules does a transformers model have, and how does each run? The generic adapter.
+
+Nothing here knows an architecture: `get_image_features` runs encoder and projector, and the base model's own forward, given
+encoder outputs computed elsewhere (`mm_encoder_outputs`), merges them, builds the position ids and runs the language model.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from meshweave.config import LANGUAGE
+from meshweave.errors import LayoutError
+
+VISION = "vision"
+"""Name of the module that encodes images."""
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """A transformers model, seen as modules."""
+
+    model: PreTrainedModel
+    children: dict[str, tuple[str, ...]]
+    """Module name to the full names of the sub-modules it consists of."""
+
+    def of_module(self, name: str) -> dict[str, nn.Module]:
+        """Full name to sub-module, for one module."""
+        return {child: self.model.get_submodule(child) for child in self.children[name]}
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """Full name to parameter, for one module; tied parameters once."""
+        prefixes = tuple(f"{child}." for child in self.children[name])
+        return {key: value for key, value in self.model.named_parameters() if key.startswith(prefixes)}
+
+
+def graph_of(model: PreTrainedModel) -> ModelGraph:
+    """Finds the modules of a transformers image-text model.
+
+    Raises:
+        LayoutError: the model has no separate encoder, or its encoders cannot be told apart.
+    """
+    base = model.base_model
+    where = f"{type(model).__name__}"
+    if base is model or not hasattr(base, "language_model") or not hasattr(base, "get_image_features"):
+        raise LayoutError(
+            f"{where}: meshweave needs a model whose base has `language_model` and `get_image_features`; this one lacks them"
+        )
+    if hasattr(base, "get_audio_features"):
+        raise LayoutError(f"{where} has several encoders, which is not built yet")
+    if "mm_encoder_outputs" not in inspect.signature(type(base).forward).parameters:
+        raise LayoutError(f"{where}: its forward does not accept encoder outputs computed elsewhere (`mm_encoder_outputs`)")
+    prefix = model.base_model_prefix
+    names = [name for name, child in base.named_children() if name != "language_model" and _has_parameters(child)]
+    heads = [name for name, child in model.named_children() if child is not base and _has_parameters(child)]
+    return ModelGraph(
+        model,
+        {VISION: tuple(f"{prefix}.{name}" for name in names), LANGUAGE: (f"{prefix}.language_model", *heads)},
+    )
+
+
+def media_widths(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Width of every tensor that belongs to one media token: its embedding, then any deepstack features."""
+    deepstack = getattr(config.vision_config, "deepstack_visual_indexes", None) or ()
+    return (config.get_text_config().hidden_size,) * (1 + len(deepstack))
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+class Encoder(nn.Module):
+    """An encoder with its projector. State: the sub-modules of the transformers model, shared with it."""
+
+    def __init__(self, graph: ModelGraph, name: str) -> None:
+        super().__init__()
+        for child, module in graph.of_module(name).items():
+            self.add_module(child.rpartition(".")[2], module)
+        # In a tuple, so that it is not registered as a child: FSDP shall see this module's parameters only.
+        self._base = (graph.model.base_model,)
+
+    def forward(self, **inputs: Tensor) -> list[Tensor]:
+        """Encodes media items.
+
+        Args:
+            inputs: what the model's image processor returns, items concatenated along dim 0.
+
+        Returns:
+            One or more tensors per media token, each `[tokens, hidden]`: the embeddings, then any deepstack features.
+        """
+        output = self._base[0].get_image_features(**inputs, return_dict=True)
+        tensors = [torch.cat(tuple(output.pooler_output))]
+        return tensors + [torch.cat(tuple(feature)) for feature in getattr(output, "deepstack_features", None) or ()]
+
+
+class LanguageModel(nn.Module):
+    """Embeddings, media merge, decoder, head and loss. State: the sub-modules of the transformers model, shared with it."""
+
+    def __init__(self, graph: ModelGraph) -> None:
+        super().__init__()
+        for child, module in graph.of_module(LANGUAGE).items():
+            self.add_module(child.rpartition(".")[2], module)
+        base = graph.model.base_model
+        self._base = (base,)
+        self._head = (graph.model.get_output_embeddings(),)
+        self._media_token: int = graph.model.config.image_token_id
+        self._wants_grid = "mm_token_type_ids" in inspect.signature(type(base).forward).parameters
+
+    def forward(self, input_ids: Tensor, labels: Tensor, media: Sequence[Tensor], grids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Runs one lane's microbatch.
+
+        Args:
+            input_ids: `[batch, length]`, padded on the right, media placeholders expanded.
+            labels: `[batch, length]`, not shifted, -100 where nothing is predicted.
+            media: per tensor of a media token `[tokens, hidden]`, in the order of the placeholders; empty without media.
+            grids: `[items, 3]` patches of each item in time, height and width, for models whose position ids need it.
+
+        Returns:
+            Sum of the token losses (a scalar) and, per sample, whether every target was the most likely token: `[batch]` bool.
+        """
+        extra: dict[str, object] = {}
+        if media:
+            embeddings, *deepstack = media
+            encoded = SimpleNamespace(pooler_output=[embeddings], deepstack_features=[[feature] for feature in deepstack])
+            extra["mm_encoder_outputs"] = {"image": encoded}
+            if self._wants_grid:
+                extra["image_grid_thw"] = grids
+                extra["mm_token_type_ids"] = (input_ids == self._media_token).int()
+        # No attention mask: padding is on the right, and a causal decoder never looks there.
+        hidden = self._base[0](input_ids=input_ids, use_cache=False, **extra).last_hidden_state
+        return token_loss(self._head[0](hidden), labels)
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of next tokens, and which samples had every target as the most likely token.
+
+    Args:
+        logits: `[batch, length, vocabulary]`.
+        labels: `[batch, length]`, not shifted, -100 where nothing is predicted.
+    """
+    predicted, target = logits[:, :-1], labels[:, 1:]
+    if predicted.dtype in (torch.bfloat16, torch.float16):
+        predicted = predicted.float()
+    loss = functional.cross_entropy(predicted.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum")
+    exact = ((predicted.argmax(-1) == target) | (target == -100)).all(-1)
+    return loss, exact

@@ -1,0 +1,190 @@
+"""Where do parameters come from? Seeded initialisation identical under every layout, or streamed safetensors."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.distributed.sharding_utils import DtensorShardOperation
+
+from meshweave.errors import CheckpointError
+
+Read = Callable[[nn.Parameter | Tensor], Tensor]
+"""Given a target parameter, returns the values of its local part."""
+
+
+def materialise(modules: Mapping[str, nn.Module], device: torch.device) -> None:
+    """Replaces meta parameters and buffers by empty ones on `device`, keeping tied parameters tied."""
+    made: dict[int, Any] = {}
+    for module in modules.values():
+        for owner in module.modules():
+            for table in (owner._parameters, owner._buffers):
+                for name, value in table.items():
+                    if value is None or not value.is_meta:
+                        continue
+                    if id(value) not in made:
+                        empty: Tensor = torch.empty_like(value, device=device)
+                        made[id(value)] = (
+                            nn.Parameter(empty, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else empty
+                        )
+                    table[name] = made[id(value)]
+        # FSDP notices new parameters when its module is moved, even to where it already is.
+        module.to(device)
+
+
+def fill_seeded(modules: Mapping[str, nn.Module], blueprint: PreTrainedModel, seed: int) -> None:
+    """Fills parameters and buffers as transformers would initialise them, unit by unit, each from its own seed.
+
+    A unit is a transformer block or another part without blocks. Its seed follows from `seed` and its name, so every
+    parameter has the same value under every layout, and no more than one unit is ever whole in memory.
+
+    Args:
+        modules: full name to (sharded, materialised) sub-module of the model.
+        blueprint: the same model on the meta device, not sharded.
+    """
+    for prefix, module in modules.items():
+        for name, unit in _units(blueprint.get_submodule(prefix), prefix):
+            values = _initialised(blueprint, unit, name, seed)
+            _fill(module, prefix, {key: (lambda target, value=value: local_part(target, value)) for key, value in values.items()})
+
+
+def fill_pretrained(modules: Mapping[str, nn.Module], blueprint: PreTrainedModel, folder: Path) -> None:
+    """Fills parameters from a model folder's safetensors, reading only this rank's slices; buffers as transformers builds them.
+
+    Raises:
+        CheckpointError: no safetensors in the folder, a parameter is missing, has another shape, or the checkpoint needs a
+            conversion other than renaming.
+    """
+    sources = _checkpoint_sources(blueprint, folder)
+    for prefix, module in modules.items():
+        for name, unit in _units(blueprint.get_submodule(prefix), prefix):
+            buffers = _initialised(blueprint, unit, name, None)
+            _fill(
+                module, prefix, {key: (lambda target, value=value: local_part(target, value)) for key, value in buffers.items()}
+            )
+        reads = {}
+        for key, parameter in blueprint.get_submodule(prefix).named_parameters(prefix=prefix):
+            reads[key] = _reader(sources, key, tuple(parameter.shape), folder)
+        _fill(module, prefix, reads)
+
+
+def local_part(target: Tensor, full: Any) -> Tensor:
+    """This rank's part of `full` (a tensor or a safetensors slice), for a target sharded in any way."""
+    if isinstance(target, DTensor):
+        part = DtensorShardOperation(target).shard_tensor(full)
+        assert part is not None
+        return part
+    return full[...]
+
+
+def _fill(module: nn.Module, prefix: str, reads: Mapping[str, Read]) -> None:
+    targets = dict(module.named_parameters(prefix=prefix, remove_duplicate=False))
+    targets |= dict(module.named_buffers(prefix=prefix, remove_duplicate=False))
+    with torch.no_grad():
+        for key, read in reads.items():
+            target = targets[key]
+            local = target.to_local() if isinstance(target, DTensor) else target
+            if local.numel():
+                local.copy_(read(target))
+
+
+def _units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The largest parts without a ModuleList, and the elements of ModuleLists."""
+    if not any(isinstance(part, nn.ModuleList) for part in module.modules()):
+        yield name, module
+        return
+    own = [key for key, _ in module.named_parameters(recurse=False)] + [key for key, _ in module.named_buffers(recurse=False)]
+    if own:
+        raise CheckpointError(f"{name} owns {', '.join(own)} beside its blocks; its initialisation is not known")
+    for key, child in module.named_children():
+        if isinstance(module, nn.ModuleList):
+            yield f"{name}.{key}", child
+        else:
+            yield from _units(child, f"{name}.{key}")
+
+
+def _initialised(blueprint: PreTrainedModel, unit: nn.Module, name: str, seed: int | None) -> dict[str, Tensor]:
+    """Full values of the unit's parameters and buffers, by full name; of its buffers only, where `seed` is None."""
+    real = copy.deepcopy(unit).to_empty(device="cpu")
+    for buffer in real.buffers():
+        buffer.fill_(float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min)
+    for parameter in real.parameters():
+        # transformers' initialisers skip what carries this mark.
+        parameter._is_hf_initialized = seed is None  # type: ignore[attr-defined]
+    owner = _owner(blueprint, name)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        # Children first, as transformers does: a block may overwrite what its layers chose.
+        for part in reversed(list(real.modules())):
+            owner._init_weights(part)
+    for key, buffer in real.named_buffers():
+        unset = buffer.isnan() if buffer.is_floating_point() else buffer == torch.iinfo(buffer.dtype).min
+        if unset.any():
+            raise CheckpointError(f"{name}.{key}: transformers does not say how to rebuild this buffer")
+    named = (
+        real.named_buffers(prefix=name)
+        if seed is None
+        else [*real.named_parameters(prefix=name), *real.named_buffers(prefix=name)]
+    )
+    return {key: value.detach() for key, value in named}
+
+
+def _owner(blueprint: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The innermost transformers model around a sub-module: it knows how to initialise it."""
+    parts = name.split(".")
+    for depth in range(len(parts), 0, -1):
+        candidate = blueprint.get_submodule(".".join(parts[:depth]))
+        if isinstance(candidate, PreTrainedModel):
+            return candidate
+    return blueprint
+
+
+def _checkpoint_sources(blueprint: PreTrainedModel, folder: Path) -> dict[str, tuple[Path, str]]:
+    """Parameter name to (file, key in the file)."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: no *.safetensors file; use `weights: seeded` to start from random weights")
+    mapping = get_model_conversion_mapping(blueprint)
+    renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    expected = blueprint.state_dict()
+    sources = {}
+    for file in files:
+        if not file.exists():
+            raise CheckpointError(f"{file}: named in {index.name}, but missing")
+        with safe_open(file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 - not a dict
+                renamed, converted = rename_source_key(key, renamings, converters, blueprint.base_model_prefix, expected)
+                if converted is not None and renamed in expected:
+                    raise CheckpointError(f"{file}: {key} needs a weight conversion, which is not built yet; only renaming is")
+                sources[renamed] = (file, key)
+    return sources
+
+
+def _reader(sources: Mapping[str, tuple[Path, str]], name: str, shape: tuple[int, ...], folder: Path) -> Read:
+    if name not in sources:
+        raise CheckpointError(f"{folder}: no tensor for {name} (shape {shape}) in its safetensors")
+
+    def read(target: nn.Parameter | Tensor) -> Tensor:
+        file, key = sources[name]
+        with safe_open(file, framework="pt") as handle:
+            source = handle.get_slice(key)
+            if tuple(source.get_shape()) != shape:
+                raise CheckpointError(f"{file}: {key} has shape {tuple(source.get_shape())}, the model's config says {shape}")
+            return local_part(target, source)
+
+    return read

@@ -1,0 +1,1 @@
+"""How is a module split inside its own mesh?"""

@@ -1,0 +1,107 @@
+"""What does this rank hold? Builds its part of every module it belongs to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedConfig
+
+from meshweave.config import LANGUAGE, RunConfig
+from meshweave.errors import LayoutError
+from meshweave.layout import Placement
+from meshweave.model.blueprint import STORED, blueprint_of
+from meshweave.model.families import tensor_plan
+from meshweave.model.families.plan import TensorPlan
+from meshweave.model.modules import Encoder, LanguageModel, ModelGraph, graph_of
+from meshweave.model.weights import fill_pretrained, fill_seeded, materialise
+from meshweave.parallel.data import data_parallel
+from meshweave.parallel.mesh import axis_mesh
+from meshweave.parallel.tensor import tensor_parallel
+
+
+@dataclass(frozen=True)
+class LocalModule:
+    """This rank's part of one module."""
+
+    name: str
+    module: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    """Full transformers name to this rank's part (a DTensor where sharded)."""
+    partial: tuple[str, ...]
+    """Names of the parameters whose gradients are partial sums over `tp`."""
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """This rank's part of the model: the modules it belongs to, in the order of the run file."""
+
+    graph: ModelGraph
+    modules: Mapping[str, LocalModule]
+
+
+def build_model(
+    run: RunConfig,
+    model_config: PreTrainedConfig,
+    placements: Mapping[str, Placement],
+    meshes: Mapping[str, DeviceMesh],
+    rank: int,
+    device: torch.device,
+) -> LocalModel:
+    """Builds, shards and fills this rank's part of the model.
+
+    Raises:
+        CheckpointError: the folder's weights are missing or do not fit.
+        LayoutError: a module has no tensor-parallel plan.
+    """
+    stored = STORED[run.dtype]
+    graph = graph_of(blueprint_of(model_config, stored))
+    blueprint = blueprint_of(model_config, stored)
+    modules = {}
+    for name, placement in placements.items():
+        if rank not in placement:
+            continue
+        module: nn.Module = LanguageModel(graph) if name == LANGUAGE else Encoder(graph, name)
+        tp, dp = axis_mesh(meshes[name], "tp"), axis_mesh(meshes[name], "dp")
+        partial = _split_over_tp(graph, name, tp) if tp is not None else []
+        children = graph.of_module(name)
+        compute = torch.bfloat16 if run.dtype == "bfloat16" else None
+        assert dp is not None
+        if dp.size() > 1 or compute is not None:
+            data_parallel(module, _blocks(module), dp, run.modules[name].data_parallel, compute)
+        materialise({"": module}, device)
+        if run.weights == "seeded":
+            fill_seeded(children, blueprint, run.seed)
+        else:
+            fill_pretrained(children, blueprint, run.model)
+        modules[name] = LocalModule(name, module, graph.parameters(name), tuple(partial))
+    return LocalModel(graph, modules)
+
+
+def _split_over_tp(graph: ModelGraph, name: str, mesh: DeviceMesh) -> list[str]:
+    """Applies the tensor-parallel plans of a module's sub-models; returns full names of parameters with partial gradients."""
+    partial = []
+    planned = False
+    for child, module in graph.of_module(name).items():
+        config = getattr(module, "config", None)
+        plan = tensor_plan(config) if config is not None else None
+        if plan is not None:
+            planned = True
+            partial += [f"{child}.{parameter}" for parameter in tensor_parallel(module, mesh, plan)]
+    if not planned:
+        raise LayoutError(f"modules.{name}: there is no tensor-parallel plan for it; set tp to 1")
+    head = graph.model.get_output_embeddings()
+    if name == LANGUAGE and head.weight is not graph.model.get_input_embeddings().weight:
+        # A tied head stays whole on every rank, as its embedding does.
+        where = next(key for key, module in graph.model.named_modules() if module is head)
+        tensor_parallel(graph.model, mesh, TensorPlan(rules={where: "colwise_gather_output"}))
+    return partial
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """Elements of the outermost ModuleLists: the units whose parameters are gathered together."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        found += list(child) if isinstance(child, nn.ModuleList) else _blocks(child)
+    return found

@@ -1,0 +1,61 @@
+"""What happens to gradients between backward and the optimizer: summed over what is partial, one norm, one scale."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from meshweave.layout import Placement
+from meshweave.parallel.build import LocalModule
+from meshweave.parallel.mesh import axis_mesh
+
+
+def sum_partial_gradients(module: LocalModule, mesh: DeviceMesh) -> None:
+    """Sums, over `tp`, the gradients that cover only this rank's heads; one all-reduce per step."""
+    tp = axis_mesh(mesh, "tp")
+    grads = local_gradients(module.parameters[name] for name in module.partial)
+    if tp is None or not grads:
+        return
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat, group=tp.get_group())
+    for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(total.view_as(grad))
+
+
+def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """This rank's part of every gradient that is there."""
+    grads = (parameter.grad for parameter in parameters)
+    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads if grad is not None]
+
+
+def counts_here(parameter: nn.Parameter, placement: Placement, rank: int) -> bool:
+    """Whether this rank's part of the parameter counts in sums over all ranks: one copy of every shard does."""
+    coordinate = placement.coordinate(rank)
+    assert coordinate is not None
+    sharded: set[str] = set()
+    if isinstance(parameter, DTensor):
+        names = parameter.device_mesh.mesh_dim_names or ()
+        sharded = {name for name, kind in zip(names, parameter.placements, strict=True) if not kind.is_replicate()}
+    return all(index == 0 for axis, index in coordinate.items() if axis not in sharded and axis != "pp")
+
+
+def squared_norm(module: LocalModule, placement: Placement, rank: int) -> Tensor:
+    """This rank's share of the module's squared gradient norm (float64 scalar); shares add up over all ranks."""
+    grads = local_gradients(p for p in module.parameters.values() if counts_here(p, placement, rank))
+    device = next(iter(module.parameters.values())).device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    if grads:
+        norms = torch._foreach_norm(grads)
+        total += torch.stack(norms).double().square().sum()
+    return total
+
+
+def scale_gradients(modules: Mapping[str, LocalModule], factor: float) -> None:
+    """Multiplies every gradient in place."""
+    for module in modules.values():
+        grads = local_gradients(module.parameters.values())
+        if grads:
+            torch._foreach_mul_(grads, factor)

@@ -1,0 +1,73 @@
+"""What would the plain single-process Hugging Face model have done? The reference that every layout must equal."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+from meshweave.config import RunConfig
+from meshweave.data.dataset import Dataset
+from meshweave.model.modules import graph_of
+from meshweave.train.optimizer import build_optimizer, build_schedule
+
+
+class Oracle:
+    """The stock model, one process, one batch per step, no meshweave code between tokens and gradients.
+
+    State: the model, its AdamW and its schedule; `step` advances them.
+    """
+
+    def __init__(self, run: RunConfig, config: PreTrainedConfig, weights: Mapping[str, Tensor] | None, dtype: torch.dtype) -> None:
+        """Starts from `weights` by full parameter name, or from the run's model folder if None."""
+        model: PreTrainedModel
+        if weights is None:
+            model = AutoModelForImageTextToText.from_pretrained(run.model, dtype=dtype, attn_implementation="sdpa")
+        else:
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="sdpa").to(dtype)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(weights[name])
+        self.model, self.run, self.dtype = model.train(), run, dtype
+        graph = graph_of(model)
+        self.optimizer = build_optimizer(run, {name: graph.parameters(name) for name in run.modules})
+        self.schedule = build_schedule(run, self.optimizer)
+
+    def backward(self, dataset: Dataset, samples: Sequence[int]) -> tuple[float, int, dict[str, Tensor]]:
+        """Loss per target token, number of target tokens, and the gradient of that loss by full parameter name."""
+        texts = [dataset.text(sample) for sample in samples]
+        media = [dataset.media(sample, slot) for sample in samples for slot in range(len(dataset.meta(sample).media))]
+        ids = pad_sequence([text for text, _ in texts], batch_first=True)
+        labels = pad_sequence([label for _, label in texts], batch_first=True, padding_value=-100)
+        mask = pad_sequence([torch.ones_like(text) for text, _ in texts], batch_first=True)
+        extra: dict[str, Tensor] = {}
+        for key in media[0] if media else ():
+            value = torch.cat([item[key] for item in media])
+            extra[key] = value.to(self.dtype) if value.is_floating_point() else value
+        if "image_grid_thw" in extra:
+            extra["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
+        self.optimizer.zero_grad()
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
+        predicted, target = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        targets = int((target != -100).sum())
+        loss = functional.cross_entropy(predicted, target, ignore_index=-100, reduction="sum")
+        # Divided after backward: transformers rounds norms to float32 even in float64, and 1/N before would shift that rounding.
+        loss.backward()
+        gradients = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                gradients[name] = parameter.grad.div_(max(1, targets)).clone()
+        return loss.item() / max(1, targets), targets, gradients
+
+    def update(self) -> None:
+        """Clips and takes one optimizer step with the gradients of the last `backward`."""
+        if self.run.train.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.train.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Current value of every parameter by full name; tied parameters once."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}

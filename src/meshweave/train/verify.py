@@ -1,0 +1,185 @@
+"""Does a layout train the same model? Runs it beside the plain single-process model and reports the worst difference."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from meshweave.config import RunConfig
+from meshweave.data.dataset import Dataset
+from meshweave.errors import ConfigError
+from meshweave.model.blueprint import STORED
+from meshweave.model.modules import media_widths
+from meshweave.parallel.build import LocalModel, build_model
+from meshweave.parallel.gather import whole
+from meshweave.train.data import build_loader
+from meshweave.train.optimizer import build_optimizer, build_schedule
+from meshweave.train.oracle import Oracle
+from meshweave.train.step import Totals, finish_gradients, run_step
+from meshweave.train.world import World
+
+TOLERANCES = {"float64": 1e-9, "float32": 1e-4}
+"""Largest relative error that passes, by dtype."""
+
+_FLOOR = 1e-3
+"""Share of the global norm below which a parameter's own norm is too much rounding to divide by: some gradients (a key bias
+before a softmax) are zero but for rounding. An error of 1e-3 × tolerance of the global norm still fails."""
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The largest relative error of a kind, and where."""
+
+    error: float = 0.0
+    name: str = ""
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """How far a layout is from the single process, over all steps and all parameters."""
+
+    steps: int
+    dtype: str
+    tolerance: float
+    loss: Worst
+    gradient: Worst
+    weight: Worst
+    parameters: int
+    """Parameter tensors compared."""
+    samples: int
+    media_items: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether every error is finite and within the tolerance, and something was compared."""
+        errors = (self.loss.error, self.gradient.error, self.weight.error)
+        return self.parameters > 0 and all(error <= self.tolerance for error in errors)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"passed": self.passed}
+
+
+def verify(world: World, run: RunConfig, config: PreTrainedConfig, dataset: Dataset, steps: int) -> VerifyReport:
+    """Takes `steps` optimizer steps in the run's layouts and in the plain model; compares loss, every gradient, every weight.
+
+    The first rank of each module runs the plain model, and compares that module.
+
+    Raises:
+        ConfigError: the run's dtype has no tolerance.
+    """
+    if run.dtype not in TOLERANCES:
+        raise ConfigError(f"dtype {run.dtype}: verify compares in {' or '.join(TOLERANCES)}")
+    if run.dtype == "float32":
+        # AdamW turns the rounding of a near-zero gradient into a full-size step; this keeps the comparison about layouts.
+        run = run.model_copy(update={"train": run.train.model_copy(update={"eps": max(run.train.eps, 1e-6)})})
+    dtype = STORED[run.dtype]
+    model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
+    loader = build_loader(run, dataset, world)
+    optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
+    schedule = build_schedule(run, optimizer)
+    leads = [name for name, placement in world.placements.items() if placement.ranks[0] == world.rank]
+    initial = _gather_initial(world, model) if run.weights == "seeded" else None
+    oracle = Oracle(run, config, initial, dtype) if leads else None
+    loss, gradient = Worst(), Worst()
+    samples = items = 0
+    for number in range(steps):
+        step = loader.step(number)
+        totals = run_step(model, step, world, media_widths(config), dtype)
+        gradients = _whole_values(model, gradients=True)
+        if oracle is not None:
+            expected_loss, targets, expected = oracle.backward(dataset, loader.sample_ids(number))
+            loss = max(loss, _loss_error(totals, expected_loss, targets, number), key=lambda worst: worst.error)
+            actual = {name: value / max(1, totals.targets) for name, value in gradients.items()}
+            names = [name for lead in leads for name in model.modules[lead].parameters]
+            gradient = max(gradient, _worst(actual, expected, names, number), key=lambda worst: worst.error)
+            oracle.update()
+        if finish_gradients(model, totals, run.train.max_grad_norm):
+            optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        samples += totals.samples
+        items += sum(len(found) for plan in step.plan.microbatches for found in plan.items.values())
+    weights = _whole_values(model, gradients=False)
+    weight, compared = Worst(), 0
+    if oracle is not None:
+        names = [name for lead in leads for name in model.modules[lead].parameters]
+        compared = len(names)
+        weight = _worst(weights, oracle.parameters(), names, steps - 1)
+    mine = VerifyReport(steps, run.dtype, TOLERANCES[run.dtype], loss, gradient, weight, compared, samples, items)
+    return _combine(mine, world)
+
+
+def _gather_initial(world: World, model: LocalModel) -> dict[str, Tensor]:
+    """Every module's whole parameters, on the first rank of every module."""
+    gathered: dict[str, Tensor] = {}
+    leaders = sorted({placement.ranks[0] for placement in world.placements.values()})
+    mine = _whole_values(model, gradients=False)
+    led = {
+        name: mine[name]
+        for module, placement in world.placements.items()
+        if placement.ranks[0] == world.rank
+        for name in model.modules[module].parameters
+    }
+    if world.size == 1:
+        return led
+    everyone: list[dict[str, Tensor] | None] = [None] * world.size
+    dist.all_gather_object(everyone, {name: value.cpu() for name, value in led.items()}, group=world.data_group)
+    for leader in leaders:
+        gathered |= everyone[leader] or {}
+    return gathered
+
+
+def _whole_values(model: LocalModel, *, gradients: bool) -> dict[str, Tensor]:
+    values = {}
+    for part in model.modules.values():
+        for name, parameter in part.parameters.items():
+            value = parameter.grad if gradients else parameter
+            if value is not None:
+                values[name] = whole(value)
+    return values
+
+
+def _loss_error(totals: Totals, expected: float, targets: int, step: int) -> Worst:
+    if totals.targets != targets:
+        return Worst(float("inf"), f"{totals.targets} target tokens, the plain model has {targets}", step)
+    return Worst(_finite(abs(totals.loss - expected) / max(abs(expected), 1e-12)), "loss", step)
+
+
+def _worst(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: list[str], step: int) -> Worst:
+    squares = [float(value.double().square().sum()) for value in expected.values()]
+    floor = _FLOOR * sum(squares) ** 0.5
+    worst = Worst(step=step)
+    for name in names:
+        mine, theirs = actual.get(name), expected.get(name)
+        if mine is None and theirs is None:
+            continue
+        zero = torch.zeros((), dtype=torch.float64)
+        mine = zero if mine is None else mine.double().cpu()
+        theirs = zero if theirs is None else theirs.double()
+        error = _finite(float((mine - theirs).norm()) / max(float(theirs.norm()), floor, 1e-300))
+        if error >= worst.error:
+            worst = Worst(error, name, step)
+    return worst
+
+
+def _finite(error: float) -> float:
+    return error if error == error else float("inf")
+
+
+def _combine(mine: VerifyReport, world: World) -> VerifyReport:
+    if world.size == 1:
+        return mine
+    reports: list[VerifyReport] = [mine] * world.size
+    dist.all_gather_object(reports, mine, group=world.data_group)
+    worst = {
+        kind: max((getattr(report, kind) for report in reports), key=lambda found: found.error)
+        for kind in ("loss", "gradient", "weight")
+    }
+    parameters = sum(report.parameters for report in reports)
+    return VerifyReport(mine.steps, mine.dtype, mine.tolerance, **worst, parameters=parameters, samples=mine.samples, media_items=mine.media_items)

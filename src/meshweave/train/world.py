@@ -1,0 +1,145 @@
+"""Where does this process stand? Joins a world that a launcher made, or spawns a local one, and ends it cleanly."""
+
+import os
+import pickle
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshweave.config import LANGUAGE, RunConfig
+from meshweave.errors import ConfigError, MeshweaveError
+from meshweave.layout import Placement, placements
+from meshweave.parallel.mesh import build_meshes
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """What every rank-dependent decision needs."""
+
+    rank: int
+    size: int
+    device: torch.device
+    placements: Mapping[str, Placement]
+    meshes: Mapping[str, DeviceMesh]
+    data_group: dist.ProcessGroup | None
+    """Gloo group of all ranks for the data loader's thread; None for a single process."""
+    node_size: int | None = None
+
+    @property
+    def leads_lane(self) -> bool:
+        """Whether this rank reports its language-model lane's loss, which the other ranks of the lane repeat."""
+        coordinate = self.placements[LANGUAGE].coordinate(self.rank)
+        return coordinate is not None and all(index == 0 for axis, index in coordinate.items() if axis != "dp")
+
+
+def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result | None:
+    """Calls `work` on every rank of the run and returns rank 0's result; None in a launched process other than rank 0.
+
+    Under torchrun or Slurm (more than one task) this process joins the world that is there. Otherwise it starts
+    `run.world_size` local processes, or works by itself if that is 1.
+
+    Raises:
+        ConfigError: the world that is there, or the number of GPUs, does not fit the run file; before any process group exists.
+        MeshweaveError: what `work` raised on some rank.
+    """
+    _join_slurm()
+    world = int(os.environ.get("WORLD_SIZE", "0"))
+    if world:
+        if world != run.world_size:
+            raise ConfigError(
+                f"the run file describes {run.world_size} ranks, but the launcher started {world}; "
+                "start that many, or change the modules' ranks (`idle_ranks` names ranks that shall do nothing)"
+            )
+        rank = int(os.environ["RANK"])
+        result = _with_process_group(run, work, rank, int(os.environ.get("LOCAL_RANK", rank)), "env://")
+        return result if rank == 0 else None
+    gpus = torch.cuda.device_count()
+    if gpus and run.world_size > gpus:
+        raise ConfigError(
+            f"the run file describes {run.world_size} ranks, but this machine has {gpus} GPUs; start it on all nodes with torchrun, "
+            "or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"
+        )
+    with tempfile.TemporaryDirectory(prefix="meshweave-") as folder:
+        if run.world_size == 1:
+            return _with_process_group(run, work, 0, 0, f"file://{folder}/store")
+        # A forked child has torch imported already; CUDA does not survive a fork.
+        method = "spawn" if gpus else "fork"
+        try:
+            mp.start_processes(_local_rank, (run, work, folder), nprocs=run.world_size, start_method=method)
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+            failure = _first_failure(Path(folder))
+            if failure is not None:
+                raise failure from error
+            raise
+        return pickle.loads((Path(folder) / "result").read_bytes())
+
+
+def _local_rank(rank: int, run: RunConfig, work: Callable[[World, RunConfig], Any], folder: str) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // run.world_size))
+    try:
+        result = _with_process_group(run, work, rank, rank, f"file://{folder}/store")
+    except MeshweaveError as error:
+        (Path(folder) / f"failure-{rank}").write_bytes(pickle.dumps(error))
+        raise
+    if rank == 0:
+        (Path(folder) / "result").write_bytes(pickle.dumps(result))
+
+
+def _first_failure(folder: Path) -> MeshweaveError | None:
+    files = sorted(folder.glob("failure-*"), key=lambda file: file.stat().st_mtime_ns)
+    return pickle.loads(files[0].read_bytes()) if files else None
+
+
+def _with_process_group(
+    run: RunConfig, work: Callable[[World, RunConfig], Result], rank: int, local_rank: int, init_method: str
+) -> Result:
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        init_method=init_method,
+        rank=rank,
+        world_size=run.world_size,
+        timeout=timedelta(seconds=run.timeout_seconds),
+    )
+    try:
+        where = placements(run)
+        meshes = build_meshes(where, device.type)
+        data_group = dist.new_group(backend="gloo") if run.world_size > 1 else None
+        world = World(rank, run.world_size, device, where, meshes, data_group, run.node_size)
+        result = work(world, run)
+        # A rank that leaves early now and then aborts the others.
+        dist.barrier()
+        return result
+    finally:
+        dist.destroy_process_group()
+
+
+def _join_slurm() -> None:
+    """Under `srun` with more than one task, sets the variables that torchrun would have set."""
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if "WORLD_SIZE" in os.environ or tasks == 1 or "SLURM_PROCID" not in os.environ:
+        return
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_NODELIST"]
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        os.environ["MASTER_ADDR"] = shown.stdout.split()[0]
+    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ |= {
+        "WORLD_SIZE": str(tasks),
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ.get("SLURM_LOCALID", "0"),
+    }

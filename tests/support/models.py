@@ -1,0 +1,113 @@
+"""Which models do the tests run? Real transformers classes at tiny size, as configs and as model folders."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlavaConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3VLConfig,
+    SiglipVisionConfig,
+)
+
+
+def _qwen3(**changes: Any) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        **changes,
+    )
+
+
+def llava(*, tied: bool = False) -> PreTrainedConfig:
+    """CLIP tower and Qwen3; 16 media tokens an image; the last tower layer gets no gradient, as in LLaVA-1.5."""
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=_qwen3(tie_word_embeddings=tied),
+        image_token_id=5,
+        tie_word_embeddings=tied,
+    )
+
+
+def llava_siglip() -> PreTrainedConfig:
+    """SigLIP tower: no class token, every feature kept."""
+    vision = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=_qwen3(),
+        image_token_id=5,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+
+
+def qwen3_vl() -> PreTrainedConfig:
+    """M-RoPE, fused query-key-value in the tower, two deepstack features per media token."""
+    return Qwen3VLConfig(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "patch_size": 4,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        text_config={
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
+        },
+        image_token_id=5,
+        video_token_id=6,
+        vision_start_token_id=7,
+        vision_end_token_id=8,
+    )
+
+
+CONFIGS = {"llava": llava, "llava_siglip": llava_siglip, "qwen3_vl": qwen3_vl}
+
+
+def write_model_folder(config: PreTrainedConfig, folder: Path, *, weights: bool = False) -> Path:
+    """Writes config.json, and with `weights` also seeded random safetensors as `save_pretrained` writes them."""
+    if weights:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+            for parameter in model.parameters():
+                # Biases and norms too: zeros and ones would hide a wrong slice.
+                torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.1)
+            model.save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
+    return folder
