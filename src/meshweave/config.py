@@ -1,5 +1,6 @@
 """RunConfig: what a run file may say, and every message a wrong one gets."""
 
+from collections import Counter
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -35,13 +36,15 @@ def _ranks_from_text(value: Any) -> Any:
     for part in value.split(","):
         bounds = [bound.strip() for bound in part.split("-")]
         if len(bounds) > 2 or not all(bound.isdigit() for bound in bounds):
-            raise ValueError("expected rank numbers and ranges, such as 0-3 or 0,2,4-7")
+            raise ValueError(f"expected rank numbers and ranges, such as 0-3 or 0,2,4-7 (got {value!r})")
         first, last = int(bounds[0]), int(bounds[-1])
         ranks.extend(range(first, last + 1) if first <= last else range(first, last - 1, -1))
     return tuple(ranks)
 
 
-Ranks = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_ranks_from_text), Field(min_length=1)]
+AnyRanks = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_ranks_from_text)]
+Ranks = Annotated[AnyRanks, Field(min_length=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Strict(BaseModel):
@@ -75,20 +78,20 @@ class ModuleConfig(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _fill_dp(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or "dp" in data or "ranks" not in data:
+        if not isinstance(data, dict) or "dp" in data:
             return data
         try:
             ranks = len(_ranks_from_text(data["ranks"]))
             others = 1
             for axis in ("pp", "cp", "tp", "replicas"):
                 others *= int(data.get(axis, 1))
-        except (TypeError, ValueError):
-            return data | {"dp": 1}
+        except (KeyError, TypeError, ValueError):
+            return data | {"dp": 1}  # the wrong key gets its own message
         return data | {"dp": max(1, ranks // max(1, others))}
 
     @model_validator(mode="after")
     def _sizes_fill_ranks(self) -> "ModuleConfig":
-        twice = sorted({rank for rank in self.ranks if self.ranks.count(rank) > 1})
+        twice = sorted(rank for rank, count in Counter(self.ranks).items() if count > 1)
         if twice:
             raise ValueError(f"ranks {twice} are listed twice; every rank holds one position of a module's layout")
         sizes = {axis: getattr(self, axis) for axis in ("pp", "dp", "replicas", "cp", "tp")}
@@ -146,7 +149,7 @@ class TrainConfig(_Strict):
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Last learning rate as a share of the peak."""
     warmup_steps: NonNegativeInt = 0
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     """Applied to matrices, not to biases and norms."""
@@ -175,7 +178,7 @@ class RunConfig(_Strict):
     """Run folder: metrics, plots, final model."""
     node_size: PositiveInt | None = None
     """Ranks per node: media tokens then cross between nodes once per node."""
-    idle_ranks: Ranks | tuple[()] = ()
+    idle_ranks: AnyRanks = ()
     """Ranks that no module uses, on purpose."""
     timeout_seconds: PositiveFloat = 600.0
     """A collective that waits longer ends the run."""
@@ -184,8 +187,12 @@ class RunConfig(_Strict):
     def _ranks_cover_the_world(self) -> "RunConfig":
         if LANGUAGE not in self.modules:
             raise ValueError(f"modules: there is no {LANGUAGE!r} among {sorted(self.modules)}; every run has a language model")
-        used = {rank for module in self.modules.values() for rank in module.ranks} | set(self.idle_ranks)
-        missing = sorted(set(range(max(used) + 1)) - used)
+        used = {rank for module in self.modules.values() for rank in module.ranks}
+        both = sorted(used & set(self.idle_ranks))
+        if both:
+            raise ValueError(f"idle_ranks lists ranks {both}, which modules use; take them out of one of the two")
+        named = used | set(self.idle_ranks)
+        missing = sorted(set(range(max(named) + 1)) - named)
         if missing:
             raise ValueError(
                 f"ranks {missing} belong to no module; give them to one, or list them under `idle_ranks` if they shall do nothing"

@@ -10,6 +10,9 @@ from meshweave.errors import CheckpointError
 STORED = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """Run dtype to the dtype of parameters, optimizer state and gradient sums."""
 
+TRAVELS_AS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+"""Run dtype to the dtype of media tokens on the boundary."""
+
 
 def read_model_config(folder: Path) -> PreTrainedConfig:
     """Config of a local model folder.

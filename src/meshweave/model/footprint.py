@@ -30,7 +30,7 @@ SPLIT_DIMS: Mapping[str, tuple[int, int | None]] = {
     "embedding_rowwise": (0, None),
     "embedding_colwise": (1, None),
 }
-"""Style of a tensor-parallel plan to the dims of weight and bias that `tp` splits; other styles split nothing."""
+"""Style of a tensor-parallel plan to the dims of weight and bias that `tp` splits; others split nothing."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ModuleFootprint:
     """Bytes of one stored parameter."""
 
     def local_bytes(self, rank: int) -> int | None:
-        """Bytes of `rank`'s parameters, gradients and AdamW state, without activations; None as for `local`."""
+        """Bytes of `rank`'s parameters, gradients and AdamW state (no activations); None as for `local`."""
         return None if self.local is None else self.local.get(rank, 0) * self.parameter_bytes * COPIES
 
 

@@ -38,6 +38,13 @@ class ModelGraph:
         prefixes = tuple(f"{child}." for child in self.children[name])
         return {key: value for key, value in self.model.named_parameters() if key.startswith(prefixes)}
 
+    def blocks(self, name: str) -> list[nn.Module]:
+        """The transformer blocks of one module, as transformers names their classes."""
+        classes = self.model._no_split_modules or ()
+        parts = [part for module in self.of_module(name).values() for part in module.modules()]
+        lists = [part for part in parts if isinstance(part, nn.ModuleList)]
+        return [block for found in lists for block in found if type(block).__name__ in classes]
+
 
 def graph_of(model: PreTrainedModel) -> ModelGraph:
     """Finds the modules of a transformers image-text model.

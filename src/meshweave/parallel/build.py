@@ -69,7 +69,7 @@ def build_model(
         compute = torch.bfloat16 if run.dtype == "bfloat16" else None
         assert dp is not None
         if dp.size() > 1 or compute is not None:
-            data_parallel(module, _blocks(module), dp, run.modules[name].data_parallel, compute)
+            data_parallel(module, graph.blocks(name), dp, run.modules[name].data_parallel, compute)
         materialise({"": module}, device)
         if run.weights == "seeded":
             fill_seeded(children, blueprint, run.seed)
@@ -97,11 +97,3 @@ def _split_over_tp(graph: ModelGraph, name: str, mesh: DeviceMesh) -> list[str]:
         where = next(key for key, module in graph.model.named_modules() if module is head)
         tensor_parallel(graph.model, mesh, TensorPlan(rules={where: "colwise_gather_output"}))
     return partial
-
-
-def _blocks(module: nn.Module) -> list[nn.Module]:
-    """Elements of the outermost ModuleLists: the units whose parameters are gathered together."""
-    found: list[nn.Module] = []
-    for child in module.children():
-        found += list(child) if isinstance(child, nn.ModuleList) else _blocks(child)
-    return found

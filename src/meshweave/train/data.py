@@ -1,14 +1,52 @@
 """Which dataset does a run file name, and how does this rank load it?"""
 
+from typing import Any
+
 from transformers import AutoProcessor, PreTrainedConfig
 
 from meshweave.config import LANGUAGE, DataConfig, RunConfig
 from meshweave.data.dataset import Dataset, Source
 from meshweave.data.loader import Loader
 from meshweave.data.processed import ProcessedDataset
+from meshweave.data.quickstart import DigitsSource
+from meshweave.data.sources.llava_json import LlavaJson
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import ConfigError
 from meshweave.train.world import World
+
+
+def build_datasets(run: RunConfig, config: PreTrainedConfig) -> tuple[Dataset, Dataset | None]:
+    """Training data and, where the run file names any, held-out data.
+
+    Raises:
+        ConfigError: the run file names no data.
+        DataError: a data file cannot be read.
+    """
+    if run.data is None:
+        raise ConfigError("data: missing; a run that trains needs to know what to read")
+    data = run.data
+    if data.source == "synthetic":
+        held_out = SyntheticDataset(config, data.eval_samples, run.seed + 1) if data.eval_samples else None
+        return SyntheticDataset(config, data.samples or run.train.batch_size * run.train.steps, run.seed), held_out
+    processor = _processor(run)
+    source, held_out_source = _sources(data, run.train.batch_size * run.train.steps)
+    return ProcessedDataset(source, processor), ProcessedDataset(held_out_source, processor) if held_out_source else None
+
+
+def _sources(data: DataConfig, needed: int) -> tuple[Source, Source | None]:
+    if data.source == "digits":
+        held_out = DigitsSource("held_out", data.eval_samples) if data.eval_samples else None
+        return DigitsSource("train", data.samples or needed), held_out
+    assert data.path is not None  # the config has checked it
+    return LlavaJson(data.path, data.images), LlavaJson(data.eval_path, data.images) if data.eval_path else None
+
+
+def _processor(run: RunConfig) -> Any:
+    try:
+        # The PIL image processors: torchvision is not a dependency.
+        return AutoProcessor.from_pretrained(run.model, backend="pil")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"model: {str(run.model)!r} has no processor that transformers can load ({error})") from error
 
 
 def build_loader(run: RunConfig, dataset: Dataset, world: World, *, training: bool = True) -> Loader:

@@ -20,7 +20,9 @@ class Oracle:
     State: the model, its AdamW and its schedule; `step` advances them.
     """
 
-    def __init__(self, run: RunConfig, config: PreTrainedConfig, weights: Mapping[str, Tensor] | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, run: RunConfig, config: PreTrainedConfig, weights: Mapping[str, Tensor] | None, dtype: torch.dtype
+    ) -> None:
         """Starts from `weights` by full parameter name, or from the run's model folder if None."""
         model: PreTrainedModel
         if weights is None:

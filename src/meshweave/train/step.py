@@ -33,6 +33,8 @@ class Totals:
     samples: int
     squared_norms: Mapping[str, float]
     """Module to its squared gradient norm, of the summed (not yet divided) gradients; empty without a backward."""
+    boundary_tokens: int
+    """Media tokens sent from rank to rank, forward and backward, over all boundaries."""
 
     @property
     def loss(self) -> float:
@@ -63,14 +65,18 @@ def run_step(
         dtype: dtype in which media tokens and their gradients travel.
     """
     plans = step.plan.microbatches
+    boundary_tokens = 0
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     for number, (plan, local) in enumerate(zip(plans, step.microbatches, strict=True)):
         for name, part in model.modules.items():
             # Reduce once, in the last microbatch in which the module works at all.
             works_later = any(name == LANGUAGE or later.items.get(name) for later in plans[number + 1 :])
             synchronize_gradients(part.module, not works_later)
+        crossings = {encoder: boundary_plan(plan, encoder, world) for encoder, items in plan.items.items() if items}
+        for crossing in crossings.values():
+            boundary_tokens += crossing.tokens_moved + (crossing.transpose().tokens_moved if backward else 0)
         with torch.set_grad_enabled(backward):
-            sums += _run_microbatch(model, plan, local, world, widths, dtype, backward)
+            sums += _run_microbatch(model, plan, local, crossings, world, widths, dtype, backward)
     norms = torch.zeros(len(world.placements), dtype=torch.float64, device=world.device)
     if backward:
         for index, name in enumerate(world.placements):
@@ -82,7 +88,7 @@ def run_step(
         dist.all_reduce(totals)
     loss_sum, targets, exact, samples, *squares = totals.tolist()
     squared_norms = dict(zip(world.placements, squares, strict=True)) if backward else {}
-    return Totals(loss_sum, int(targets), int(exact), int(samples), squared_norms)
+    return Totals(loss_sum, int(targets), int(exact), int(samples), squared_norms, boundary_tokens)
 
 
 def finish_gradients(model: LocalModel, totals: Totals, max_grad_norm: float | None) -> bool:
@@ -102,6 +108,7 @@ def _run_microbatch(
     model: LocalModel,
     plan: MicrobatchPlan,
     local: LocalMicrobatch,
+    crossings: Mapping[str, TransferPlan],
     world: World,
     widths: tuple[int, ...],
     dtype: torch.dtype,
@@ -109,9 +116,8 @@ def _run_microbatch(
 ) -> Tensor:
     encoded: dict[str, tuple[Tensor, MediaBatch]] = {}
     received: dict[str, Tensor] = {}
-    plans = {encoder: boundary_plan(plan, encoder, world) for encoder, items in plan.items.items() if items}
     nothing = torch.zeros(0, sum(widths), dtype=dtype, device=world.device)
-    for encoder, crossing in plans.items():
+    for encoder, crossing in crossings.items():
         batch = local.media.get(encoder)
         if batch is not None:
             inputs = {name: _to_device(value, world.device, dtype) for name, value in batch.inputs.items()}
@@ -128,7 +134,7 @@ def _run_microbatch(
         if world.leads_lane:
             sums = torch.stack([loss.detach().double(), *counts.unbind()])
     if backward:
-        for encoder, crossing in plans.items():
+        for encoder, crossing in crossings.items():
             gradient = received[encoder].grad
             # A lane without media, or a rank outside the language model, has no rows to send.
             gradient = transfer(crossing.transpose(), nothing if gradient is None else gradient, world.rank)

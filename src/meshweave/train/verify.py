@@ -182,4 +182,6 @@ def _combine(mine: VerifyReport, world: World) -> VerifyReport:
         for kind in ("loss", "gradient", "weight")
     }
     parameters = sum(report.parameters for report in reports)
-    return VerifyReport(mine.steps, mine.dtype, mine.tolerance, **worst, parameters=parameters, samples=mine.samples, media_items=mine.media_items)
+    return VerifyReport(
+        mine.steps, mine.dtype, mine.tolerance, **worst, parameters=parameters, samples=mine.samples, media_items=mine.media_items
+    )

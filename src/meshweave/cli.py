@@ -1,0 +1,124 @@
+"""The command line: train, inspect, verify."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from meshweave.config import load_config
+from meshweave.errors import MeshweaveError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    help="Train one multimodal model whose modules each have their own parallel layout and their own ranks.",
+)
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.YAML", help="Run file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the run file, e.g. modules.vision.dp=2; repeatable."),
+]
+
+
+@app.command("train")
+def train_command(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Train. Starts one local process per rank; under torchrun or Slurm it joins the world that is there."""
+    from meshweave.model.blueprint import read_model_config
+    from meshweave.model.check import check_executable, check_model
+    from meshweave.report.summary import render_summary
+    from meshweave.train.data import build_datasets
+    from meshweave.train.trainer import train
+    from meshweave.train.world import launch
+
+    def work() -> None:
+        run = load_config(run_file, overrides or ())
+        config = read_model_config(run.model)
+        check_model(run, config)
+        check_executable(run)
+        build_datasets(run, config)  # what is wrong with the data shall show before processes start
+        summary = launch(run, lambda world, run: train(world, run, config))
+        if summary is not None:
+            Console().print(render_summary(summary))
+
+    _run(work)
+
+
+@app.command("inspect")
+def inspect_command(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Print which rank holds which part of which module, lanes, groups, boundary bytes, parameters. Starts no process."""
+    from meshweave.train.inspect import inspect_run
+
+    def work() -> None:
+        inspect_run(load_config(run_file, overrides or ()), Console())
+
+    _run(work)
+
+
+@app.command("verify")
+def verify_command(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to compare.")] = 5,
+    dtype: Annotated[str, typer.Option(help="float64 (tolerance 1e-9) or float32 (1e-4).")] = "float64",
+    shrunk: Annotated[
+        bool, typer.Option("--shrink", help="Verify a tiny model of the same architecture and head counts, on random samples.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Train a few steps in the run's layouts and in the plain Hugging Face model; exit 1 if they differ past the tolerance."""
+    from meshweave.data.synthetic import SyntheticDataset
+    from meshweave.model.blueprint import read_model_config
+    from meshweave.model.check import check_executable, check_model
+    from meshweave.model.shrink import shrink
+    from meshweave.report.verification import render_verification
+    from meshweave.train.data import build_datasets
+    from meshweave.train.verify import verify
+    from meshweave.train.world import launch
+
+    def work() -> None:
+        run = load_config(run_file, [*(overrides or ()), f"dtype={dtype}"])
+        config = read_model_config(run.model)
+        check_model(run, config)
+        check_executable(run)
+        if shrunk:
+            config = shrink(config)
+            run = run.model_copy(update={"weights": "seeded", "data": None})
+        if run.data is None:
+            dataset = SyntheticDataset(config, run.train.batch_size * steps, run.seed)
+        else:
+            dataset, _ = build_datasets(run, config)
+        report = launch(run, lambda world, run: verify(world, run, config, dataset, steps))
+        if report is None:
+            return
+        if as_json:
+            typer.echo(json.dumps(report.as_dict(), indent=2))
+        else:
+            Console().print(render_verification(report.as_dict()))
+        if not report.passed:
+            raise typer.Exit(1)
+
+    _run(work)
+
+
+def _run(work: Callable[[], None]) -> None:
+    """Runs a command; an error of ours becomes one message and exit code 2."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)])
+    try:
+        work()
+    except MeshweaveError as error:
+        if os.environ.get("RANK", "0") == "0":
+            Console(stderr=True).print("[bold red]error:[/]", end=" ")
+            Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(str(error))
+        raise typer.Exit(2) from None

@@ -1,0 +1,65 @@
+"""How much work is in a module? Model FLOPs of one sample or media item, from shapes alone."""
+
+from dataclasses import dataclass
+from math import prod
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from meshweave.batch import MediaMeta
+from meshweave.config import LANGUAGE
+from meshweave.model.modules import ModelGraph
+
+TRAINING_FACTOR = 3
+"""A backward costs two forwards."""
+
+
+@dataclass(frozen=True)
+class ModuleFlops:
+    """Forward FLOPs of one sequence: `per_token · tokens + per_output · outputs + per_pair · Σ window²`.
+
+    The usual count of matrix products (PaLM, arXiv 2204.02311, appendix B), attention in full where it is causal too;
+    padding and recomputation are not work.
+    """
+
+    per_token: int
+    """FLOPs per token of the blocks: text and media tokens, or patches."""
+    per_output: int
+    """FLOPs per media token that leaves an encoder (projector, mergers)."""
+    per_pair: int
+    """FLOPs per pair of tokens that attend to each other."""
+
+    def sample(self, tokens: int) -> int:
+        """Forward FLOPs of the language model for one sample of this fused length."""
+        return self.per_token * tokens + self.per_pair * tokens**2
+
+    def item(self, meta: MediaMeta) -> int:
+        """Forward FLOPs of an encoder for one media item; frames attend within themselves."""
+        frames, *sides = meta.grid or (1, meta.tokens)
+        patches = prod(sides)
+        return frames * (self.per_token * patches + self.per_pair * patches**2) + self.per_output * meta.tokens
+
+
+def count_flops(graph: ModelGraph, name: str) -> ModuleFlops:
+    """Coefficients for one module of a (meta or real) unsharded model."""
+    blocks = graph.blocks(name)
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    per_token = per_output = 0
+    for module in graph.of_module(name).values():
+        for part in module.modules():
+            for parameter in part.parameters(recurse=False):
+                if parameter.ndim < 2 or isinstance(part, nn.Embedding):
+                    continue
+                if name == LANGUAGE or id(parameter) in inside or not isinstance(part, nn.Linear):
+                    per_token += 2 * parameter.numel()
+                else:
+                    per_output += 2 * parameter.numel()
+    return ModuleFlops(per_token, per_output, 4 * len(blocks) * _attention_width(graph.model, name))
+
+
+def _attention_width(model: PreTrainedModel, name: str) -> int:
+    if name != LANGUAGE:
+        return model.config.vision_config.hidden_size
+    text = model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return text.num_attention_heads * head_dim

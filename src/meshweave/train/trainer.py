@@ -1,0 +1,178 @@
+"""The loop: load, step, update, log; then evaluate, export and sum up."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PreTrainedConfig
+
+from meshweave.batch import StepPlan
+from meshweave.config import LANGUAGE, RunConfig
+from meshweave.data.dataset import Dataset
+from meshweave.model.blueprint import STORED, TRAVELS_AS, blueprint_of
+from meshweave.model.flops import TRAINING_FACTOR, ModuleFlops, count_flops
+from meshweave.model.modules import graph_of, media_widths
+from meshweave.parallel.build import LocalModel, build_model
+from meshweave.report.curves import draw_loss_curve
+from meshweave.report.summary import Summary
+from meshweave.train.data import build_datasets, build_loader
+from meshweave.train.export import export_model
+from meshweave.train.metrics import MetricsLog
+from meshweave.train.optimizer import build_optimizer, build_schedule
+from meshweave.train.step import Totals, finish_gradients, run_step
+from meshweave.train.world import World
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP_STEPS = 5
+"""Steps that speed figures leave out: allocations and first connections."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out totals."""
+
+    loss: float
+    exact: int
+    samples: int
+
+
+def train(world: World, run: RunConfig, config: PreTrainedConfig) -> Summary:
+    """Trains as the run file says; rank 0 logs, draws and writes the model. Returns the same summary on every rank.
+
+    Raises:
+        DataError: data cannot be read (`data.on_error: stop`), or is smaller than a step.
+        CheckpointError: the model folder's weights do not fit.
+    """
+    training, held_out = build_datasets(run, config)
+    loader = build_loader(run, training, world)
+    model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
+    optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
+    schedule = build_schedule(run, optimizer)
+    graph = graph_of(blueprint_of(config, STORED[run.dtype]))
+    flops = {name: count_flops(graph, name) for name in run.modules}
+    widths, dtype = media_widths(config), TRAVELS_AS[run.dtype]
+    log = MetricsLog(run.output) if world.rank == 0 else None
+    records: list[dict[str, Any]] = []
+    skipped_samples = 0
+    with _progress(world, run.train.steps) as progress:
+        task = progress.add_task("training", total=run.train.steps, shown="")
+        started = time.perf_counter()
+        for number, step in enumerate(loader.steps(0, run.train.steps)):
+            totals = run_step(model, step, world, widths, dtype)
+            rates = {group["module"]: group["lr"] for group in optimizer.param_groups}
+            updated = finish_gradients(model, totals, run.train.max_grad_norm)
+            if updated:
+                optimizer.step()
+            elif world.rank == 0:
+                logger.warning(
+                    "step %d: loss %s or its gradient is not finite; the update is skipped on all ranks", number, totals.loss
+                )
+            schedule.step()
+            optimizer.zero_grad()
+            if world.device.type == "cuda":
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            work = step_flops(step.plan, flops)
+            skipped_samples += step.skipped
+            record = {
+                "step": number,
+                "loss": totals.loss,
+                "grad_norm": totals.grad_norm,
+                "lr": rates,
+                "seconds": now - started,
+                "tokens_per_second": step_tokens(step.plan) / (now - started),
+                "flops": work,
+                "boundary_bytes": totals.boundary_tokens * sum(widths) * dtype.itemsize,
+                "skipped_samples": step.skipped,
+                "updated": int(updated),
+            }
+            started = now
+            records.append(record)
+            if log is not None:
+                log.add(record)
+            shown = f"loss {totals.loss:.4f} · grad norm {totals.grad_norm:.3f} · {record['tokens_per_second']:,.0f} tokens/s"
+            progress.update(task, advance=1, shown=shown)
+            if world.rank == 0 and not progress.console.is_terminal and (number + 1) % run.train.log_every == 0:
+                progress.console.print(f"step {number + 1:>6}/{run.train.steps}  {shown}")
+    evaluation = evaluate(world, run, model, held_out, widths, dtype) if held_out is not None else None
+    export_model(world, model, config, run.dtype, run.model, run.output / "model")
+    if log is not None:
+        draw_loss_curve(records, run.output / "loss.png")
+        log.close()
+    return _summary(run, world, records, skipped_samples, evaluation)
+
+
+def evaluate(
+    world: World, run: RunConfig, model: LocalModel, dataset: Dataset, widths: tuple[int, ...], dtype: torch.dtype
+) -> Evaluation:
+    """One forward pass over held-out data, in the run's layouts.
+
+    A sample is exact if every target token is the most likely one given those before it: what greedy decoding would write.
+    """
+    loader = build_loader(run, dataset, world, training=False)
+    results: list[Totals] = [
+        run_step(model, step, world, widths, dtype, backward=False) for step in loader.steps(0, loader.steps_per_epoch)
+    ]
+    targets = sum(totals.targets for totals in results)
+    return Evaluation(
+        sum(totals.loss_sum for totals in results) / max(1, targets),
+        sum(totals.exact for totals in results),
+        sum(totals.samples for totals in results),
+    )
+
+
+def step_tokens(plan: StepPlan) -> int:
+    """Tokens of the language model's sequences in a step, padding left out."""
+    return sum(sample.tokens for part in plan.microbatches for lane in part.lanes for sample in lane)
+
+
+def step_flops(plan: StepPlan, flops: Mapping[str, ModuleFlops]) -> dict[str, int]:
+    """Model FLOPs of a training step by module: forward and backward."""
+    work = dict.fromkeys(flops, 0)
+    for part in plan.microbatches:
+        work[LANGUAGE] += sum(flops[LANGUAGE].sample(sample.tokens) for lane in part.lanes for sample in lane)
+        for encoder, items in part.items.items():
+            work[encoder] += sum(flops[encoder].item(item.meta) for item in items)
+    return {name: TRAINING_FACTOR * count for name, count in work.items()}
+
+
+def _progress(world: World, steps: int) -> Progress:
+    console = Console()
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"),
+    )
+    return Progress(*columns, console=console, disable=world.rank != 0 or not console.is_terminal)
+
+
+def _summary(run: RunConfig, world: World, records: list[dict[str, Any]], skipped: int, evaluation: Evaluation | None) -> Summary:
+    timed = records[_WARM_UP_STEPS:] or records
+    seconds = sum(record["seconds"] for record in timed)
+    return Summary(
+        steps=len(records),
+        world_size=world.size,
+        final_loss=records[-1]["loss"],
+        held_out_loss=evaluation.loss if evaluation else None,
+        held_out_exact=evaluation.exact if evaluation else None,
+        held_out_samples=evaluation.samples if evaluation else None,
+        tokens_per_second=sum(record["tokens_per_second"] * record["seconds"] for record in timed) / seconds,
+        flops_per_step={name: sum(record["flops"][name] for record in timed) / len(timed) for name in run.modules},
+        seconds_per_step=seconds / len(timed),
+        boundary_bytes_per_step=sum(record["boundary_bytes"] for record in timed) / len(timed),
+        skipped_samples=skipped,
+        run_folder=run.output,
+        loss_curve=run.output / "loss.png",
+        metrics=run.output / "metrics.jsonl",
+        tensorboard=run.output / "tensorboard",
+        model=run.output / "model",
+    )

@@ -1,0 +1,121 @@
+"""Every layout trains the same model as one process: loss, every gradient, and the weights after five steps."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.models import CONFIGS, write_model_folder
+
+from meshweave.config import RunConfig, parse_config
+from meshweave.data.synthetic import SyntheticDataset
+from meshweave.model.blueprint import read_model_config
+from meshweave.train.verify import VerifyReport, verify
+from meshweave.train.world import launch
+
+STEPS = 5
+
+
+def module(ranks: str, dp: int = 1, tp: int = 1, **options: Any) -> dict[str, Any]:
+    return {"ranks": ranks, "dp": dp, "tp": tp, **options}
+
+
+def run_of(folder: Path, vision: dict[str, Any], language: dict[str, Any], **changes: Any) -> RunConfig:
+    train = {
+        "steps": STEPS,
+        "batch_size": 10,
+        "microbatches": 2,
+        "lr": 1e-3,
+        "weight_decay": 0.1,
+        "warmup_steps": 1,
+    } | changes.pop("train", {})
+    tree = {
+        "model": str(folder),
+        "modules": {"vision": vision, "language": language},
+        "train": train,
+        "dtype": "float64",
+        "weights": "seeded",
+        "timeout_seconds": 60,
+    }
+    return parse_config(tree | changes)
+
+
+def verified(run: RunConfig, steps: int = STEPS) -> VerifyReport:
+    config = read_model_config(run.model)
+    dataset = SyntheticDataset(config, 64, seed=3)
+    report = launch(run, lambda world, run: verify(world, run, config, dataset, steps))
+    assert report is not None
+    return report
+
+
+PAIRS = {
+    "one rank": (module("0"), module("0")),
+    "homogeneous dp4": (module("0-3", dp=4), module("0-3", dp=4)),
+    "homogeneous tp4": (module("0-3", tp=4), module("0-3", tp=4)),
+    "homogeneous tp2 dp2": (module("0-3", dp=2, tp=2), module("0-3", dp=2, tp=2)),
+    "vision dp4, language tp2 dp2": (module("0-3", dp=4), module("0-3", dp=2, tp=2)),
+    "vision dp4, language tp4": (module("0-3", dp=4), module("0-3", tp=4)),
+    "vision tp4, language dp4": (module("0-3", tp=4), module("0-3", dp=4)),
+    "vision tp2 dp2, language dp4": (module("0-3", dp=2, tp=2), module("0-3", dp=4)),
+    "vision tp2 dp2, language tp4": (module("0-3", dp=2, tp=2), module("0-3", tp=4)),
+    "vision dp2, language tp2": (module("0-1", dp=2), module("0-1", tp=2)),
+    "vision dp3, language dp3": (module("0-2", dp=3), module("0-2", dp=3)),
+    "replicated dp4, replicated tp2 dp2": (
+        module("0-3", dp=4, data_parallel="replicate"),
+        module("0-3", dp=2, tp=2, data_parallel="replicate"),
+    ),
+    "sharded tp2 dp2, replicated dp4": (module("0-3", dp=2, tp=2), module("0-3", dp=4, data_parallel="replicate")),
+    "reversed ranks": (module("3-0", dp=4), module("0-3", dp=2, tp=2)),
+    "disjoint 3 to 1": (module("0-2", dp=3), module("3")),
+    "disjoint 1 to 3": (module("3"), module("0-2", dp=3)),
+    "overlapping": (module("0-2", dp=3), module("2-3", tp=2)),
+}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_layout_pair_equals_the_single_process_in_float64(family: str, pair: str, tmp_path: Path) -> None:
+    vision, language = PAIRS[pair]
+    report = verified(run_of(write_model_folder(CONFIGS[family](), tmp_path), vision, language))
+    assert report.passed, report
+    assert report.samples == 10 * STEPS
+    assert report.media_items > 10 * STEPS
+    assert report.parameters > 80
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("pair", ["vision dp4, language tp2 dp2", "vision tp2 dp2, language tp4"])
+def test_a_layout_pair_equals_the_single_process_in_float32(family: str, pair: str, tmp_path: Path) -> None:
+    vision, language = PAIRS[pair]
+    report = verified(run_of(write_model_folder(CONFIGS[family](), tmp_path), vision, language, dtype="float32"))
+    assert report.passed, report
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_siglip", "qwen3_vl"])
+def test_pretrained_weights_train_as_from_pretrained_would_load_them(family: str, tmp_path: Path) -> None:
+    folder = write_model_folder(CONFIGS[family](), tmp_path, weights=True)
+    vision, language = PAIRS["vision tp2 dp2, language dp4"]
+    report = verified(run_of(folder, vision, language, weights="pretrained"), steps=2)
+    assert report.passed, report
+
+
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    folder = write_model_folder(CONFIGS["llava"](tied=True), tmp_path)
+    report = verified(run_of(folder, module("0-3", dp=4), module("0-3", dp=2, tp=2)))
+    assert report.passed, report
+
+
+@pytest.mark.parametrize("microbatches", [1, 5])
+def test_any_number_of_microbatches_gives_the_same_gradients(microbatches: int, tmp_path: Path) -> None:
+    """Five microbatches of one sample a lane: some have no media at all, and some lanes none."""
+    folder = write_model_folder(CONFIGS["qwen3_vl"](), tmp_path)
+    train = {"microbatches": microbatches}
+    report = verified(run_of(folder, module("0-3", dp=4), module("0-3", dp=2, tp=2), train=train))
+    assert report.passed, report
+
+
+def test_planned_lanes_are_in_fact_ragged() -> None:
+    """What the table above relies on: text-only samples, single images, seven images, and unequal lanes."""
+    dataset = SyntheticDataset(CONFIGS["qwen3_vl"](), 64, seed=3)
+    counts = {len(dataset.meta(index).media) for index in range(20)}
+    assert {0, 1, 7} <= counts
+    assert len({item.tokens for index in range(20) for item in dataset.meta(index).media}) > 3
