@@ -7,10 +7,16 @@ import pytest
 from support.models import CONFIGS, write_model_folder
 
 from meshweave.config import RunConfig, parse_config
+from meshweave.data.loader import Loader
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.model.blueprint import read_model_config
+from meshweave.model.weights import fill_seeded
+from meshweave.parallel.build import LocalModel
+from meshweave.train.data import build_loader
+from meshweave.train.gradients import scale_gradients
+from meshweave.train.step import Totals, run_step
 from meshweave.train.verify import VerifyReport, verify
-from meshweave.train.world import launch
+from meshweave.train.world import World, launch
 
 STEPS = 5
 
@@ -119,3 +125,53 @@ def test_planned_lanes_are_in_fact_ragged() -> None:
     counts = {len(dataset.meta(index).media) for index in range(20)}
     assert {0, 1, 7} <= counts
     assert len({item.tokens for index in range(20) for item in dataset.meta(index).media}) > 3
+
+
+def test_a_gradient_scaled_by_two_in_one_module_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubled(model: LocalModel, *args: Any, **options: Any) -> Totals:
+        totals = run_step(model, *args, **options)
+        scale_gradients({"vision": model.modules["vision"]}, 2.0)
+        return totals
+
+    monkeypatch.setattr("meshweave.train.verify.run_step", doubled)
+    report = verified(run_of(write_model_folder(CONFIGS["llava"](), tmp_path), *PAIRS["vision dp4, language tp2 dp2"]), steps=1)
+    assert not report.passed
+    assert report.gradient.error == pytest.approx(1.0, rel=1e-6)
+    assert report.gradient.name.startswith(("model.vision_tower", "model.multi_modal_projector"))
+    assert report.loss.error < report.tolerance
+
+
+def test_two_swapped_images_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Swapped(SyntheticDataset):
+        """The images of samples with one image go to the next such sample; tokens and shapes stay as they were."""
+
+        def media(self, index: int, slot: int) -> dict[str, Any]:
+            return super().media((index + 4) % len(self) if index % 4 == 0 else index, slot)
+
+    def build_swapped(run: RunConfig, dataset: SyntheticDataset, world: World) -> Loader:
+        return build_loader(run, Swapped(read_model_config(run.model), len(dataset), seed=3), world)
+
+    monkeypatch.setattr("meshweave.train.verify.build_loader", build_swapped)
+    report = verified(run_of(write_model_folder(CONFIGS["llava"](), tmp_path), *PAIRS["vision dp4, language tp2 dp2"]), steps=1)
+    assert not report.passed
+    assert report.gradient.error > 1e-3
+
+
+def test_a_missing_sum_over_tp_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshweave.train.step.sum_partial_gradients", lambda module, mesh: None)
+    report = verified(run_of(write_model_folder(CONFIGS["llava"](), tmp_path), *PAIRS["vision dp4, language tp2 dp2"]), steps=1)
+    assert not report.passed
+    assert "q_norm" in report.gradient.name or "k_norm" in report.gradient.name
+
+
+def test_wrong_initial_weights_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank initialises from another seed: its shards differ from what the plain model starts from."""
+
+    def other_seed(modules: Any, blueprint: Any, folder: Path) -> None:
+        fill_seeded(modules, blueprint, seed=1)
+
+    monkeypatch.setattr("meshweave.parallel.build.fill_pretrained", other_seed)
+    folder = write_model_folder(CONFIGS["llava"](), tmp_path, weights=True)
+    report = verified(run_of(folder, *PAIRS["homogeneous dp4"], weights="pretrained"), steps=1)
+    assert not report.passed
+    assert report.loss.error > 1e-3

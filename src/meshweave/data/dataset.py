@@ -1,0 +1,66 @@
+"""What does the loader need from a dataset, and a dataset from a source?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from meshweave.batch import SampleMeta
+
+IGNORE = -100  # the label of a position that is not a target, as in transformers
+
+
+class MediaRef(Protocol):
+    """One media item of a raw sample, not read yet. Methods raise `DataError` naming what cannot be read."""
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels, from the file's header alone: nothing is decoded."""
+        ...
+
+    def load(self) -> Image.Image:
+        """The decoded picture, in RGB."""
+        ...
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One sample as people write it, before any model's processor has seen it."""
+
+    messages: Sequence[Mapping[str, Any]]
+    """Hugging Face chat form: `{"role": …, "content": [{"type": "text", "text": …}, {"type": "image"}]}`."""
+    media: Sequence[MediaRef] = ()
+    """One reference for each `{"type": "image"}` part, in order of appearance."""
+
+
+class Source(Protocol):
+    """A finite, indexable collection of raw samples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> RawSample:
+        """Sample `index`; no media file is opened. Raises `DataError` if the entry is unusable."""
+        ...
+
+
+class Dataset(Protocol):
+    """A finite collection of model-ready samples, whose text, media and metadata can be had separately."""
+
+    def __len__(self) -> int: ...
+
+    def meta(self, index: int) -> SampleMeta:
+        """Token counts, costs and grids of a sample. Cheap: no pixels are decoded. Raises `DataError`."""
+        ...
+
+    def text(self, index: int) -> tuple[Tensor, Tensor]:
+        """`input_ids`, `labels` [tokens] int64: placeholders expanded; labels not shifted, -100 is none."""
+        ...
+
+    def media(self, index: int, slot: int) -> dict[str, Tensor]:
+        """The encoder inputs of one item; items are combined by `torch.cat(dim=0)`. Raises `DataError`."""
+        ...
+
+    def dummy_media(self, module: str) -> dict[str, Tensor]:
+        """A small valid input of encoder `module`, with the keys of `media`: for a lane without items."""
+        ...

@@ -1,0 +1,251 @@
+"""What does a rank read for a step? The pixels it encodes and the text it embeds, by one shared plan."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from meshweave.batch import MicrobatchPlan, SampleMeta, StepPlan, plan_step
+from meshweave.data.dataset import IGNORE, Dataset
+from meshweave.errors import DataError
+
+logger = logging.getLogger(__name__)
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class LanguageBatch:
+    """The text of one language-model lane in a microbatch. A lane without samples holds one padding token."""
+
+    input_ids: Tensor
+    """[samples, longest] int64, padded with 0 on the right."""
+    labels: Tensor
+    """[samples, longest] int64, not shifted, -100 where there is no target (padding included)."""
+    lengths: tuple[int, ...]
+    """Tokens of each row before padding."""
+    media_counts: Mapping[str, tuple[int, ...]]
+    """Encoder → media items of each row."""
+
+
+@dataclass(frozen=True)
+class MediaBatch:
+    """The media of one encoder lane in one microbatch."""
+
+    inputs: dict[str, Tensor]
+    """The encoder's inputs, the lane's items concatenated along dim 0 in ascending item number."""
+    dummy: bool
+    """One blank item in a lane without any, while other lanes have some: collectives need every rank."""
+
+
+@dataclass(frozen=True)
+class LocalMicrobatch:
+    """What one rank holds of a microbatch, on the CPU."""
+
+    language: LanguageBatch | None
+    """None on ranks outside the language model."""
+    media: Mapping[str, MediaBatch | None]
+    """Encoder → this rank's lane; None on ranks outside the encoder, and where no lane has an item."""
+
+
+@dataclass(frozen=True)
+class LocalStep:
+    """What one rank holds of a step."""
+
+    plan: StepPlan
+    skipped: int
+    """Samples of this step left out, on all ranks alike, because they cannot be read."""
+    microbatches: tuple[LocalMicrobatch, ...]
+
+
+class Loader:
+    """Prepares any step of a training run from its number alone, so a resumed run reads the same samples.
+
+    Args:
+        batch_size: samples of a step, over all ranks and microbatches.
+        language_lane, encoder_lane: this rank's lane in the language model and each encoder; None if outside.
+        rank, world, group: this process among those that plan together, and a gloo group of them for the
+            loader's own use (it talks from a background thread). Without a group this process plans alone.
+        on_error: what an unreadable sample does, on all ranks alike: "skip" names it once in the log of rank
+            0 and leaves it out, "stop" raises the same `DataError` everywhere.
+        drop_last: leave out what is over after the last full batch of an epoch.
+
+    State: the samples already named in the log, and one epoch's order.
+    Raises `DataError` if the dataset is smaller than one batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        microbatches: int,
+        language_lanes: int,
+        encoder_lanes: Mapping[str, int],
+        language_lane: int | None,
+        encoder_lane: Mapping[str, int | None],
+        rank: int = 0,
+        world: int = 1,
+        group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        on_error: Literal["skip", "stop"] = "skip",
+        drop_last: bool = True,
+    ) -> None:
+        if len(dataset) < (batch_size if drop_last else 1):
+            raise DataError(f"the data holds {len(dataset)} samples, a step takes {batch_size}; lower the batch size")
+        self.dataset, self.batch_size, self.microbatches = dataset, batch_size, microbatches
+        self.language_lanes, self.encoder_lanes = language_lanes, dict(encoder_lanes)
+        self.language_lane, self.encoder_lane = language_lane, dict(encoder_lane)
+        self.rank, self.world = (rank, world) if group is not None else (0, 1)
+        self.group, self.seed, self.shuffle, self.on_error = group, seed, shuffle, on_error
+        self.steps_per_epoch = len(dataset) // batch_size if drop_last else -(-len(dataset) // batch_size)
+        self._named: set[int] = set()
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def steps(self, start: int, stop: int, *, prefetch: bool = True) -> Iterator[LocalStep]:
+        """Steps `start` … `stop` - 1; with `prefetch`, a thread prepares the one after the caller's."""
+        if not prefetch or start >= stop:
+            yield from (self.step(number) for number in range(start, stop))
+            return
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as background:
+            upcoming = background.submit(self.step, start)
+            for number in range(start + 1, stop):
+                ready = upcoming.result()
+                upcoming = background.submit(self.step, number)
+                yield ready
+            yield upcoming.result()
+
+    def step(self, number: int) -> LocalStep:
+        """This rank's part of step `number`. A collective call if there is a group."""
+        samples = self.sample_ids(number)
+        metas, bad = self._agreed_metas(samples)
+        reader = _Reader(self.dataset)
+        while True:
+            self._report(bad)
+            plan = plan_step(
+                [metas[sample] for sample in samples if sample not in bad],
+                microbatches=self.microbatches,
+                language_lanes=self.language_lanes,
+                encoder_lanes=self.encoder_lanes,
+            )
+            local = tuple(self._load(microbatch, reader) for microbatch in plan.microbatches)
+            # Decoding may still fail where a header was fine; all ranks then drop the sample and plan again.
+            failed = self._agreed_failures({sample: why for sample, why in reader.failed.items() if sample not in bad})
+            if not failed:
+                return LocalStep(plan, len(bad), local)
+            bad |= failed
+
+    def sample_ids(self, number: int) -> list[int]:
+        """The dataset indices of step `number`, before any is found unreadable."""
+        epoch, position = divmod(number, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            random = np.random.default_rng([self.seed, epoch])
+            count = len(self.dataset)
+            self._order = epoch, random.permutation(count) if self.shuffle else np.arange(count)
+        first = position * self.batch_size
+        return [int(sample) for sample in self._order[1][first : first + self.batch_size]]
+
+    def _agreed_metas(self, samples: Sequence[int]) -> tuple[dict[int, SampleMeta], dict[int, str]]:
+        """Metadata of all samples, and why others have none; each rank looks at its share of them only."""
+        metas: dict[int, SampleMeta] = {}
+        bad: dict[int, str] = {}
+        for sample in samples[self.rank :: self.world]:
+            try:
+                metas[sample] = self.dataset.meta(sample)
+            except DataError as error:
+                bad[sample] = str(error)
+        if self.group is None:
+            return metas, bad
+        shares = self._gathered((metas, bad))
+        return _union([share[0] for share in shares]), _union([share[1] for share in shares])
+
+    def _agreed_failures(self, failed: dict[int, str]) -> dict[int, str]:
+        if self.group is None:
+            return failed
+        any_failed = torch.tensor(len(failed))
+        dist.all_reduce(any_failed, group=self.group)
+        return _union(self._gathered(failed)) if any_failed else {}
+
+    def _gathered(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _report(self, bad: Mapping[int, str]) -> None:
+        for sample in sorted(bad):
+            if self.on_error == "stop":
+                raise DataError(f"sample {sample}: {bad[sample]} (or set `data.on_error: skip` to leave it out)")
+            if self.rank == 0 and sample not in self._named:
+                self._named.add(sample)
+                logger.warning("sample %d is skipped: %s", sample, bad[sample])
+
+    def _load(self, plan: MicrobatchPlan, reader: "_Reader") -> LocalMicrobatch:
+        lane = self.language_lane
+        return LocalMicrobatch(
+            language=None if lane is None else self._load_language(plan, lane, reader),
+            media={
+                encoder: None if lane is None else self._load_media(plan, encoder, lane, reader)
+                for encoder, lane in self.encoder_lane.items()
+            },
+        )
+
+    def _load_language(self, plan: MicrobatchPlan, lane: int, reader: "_Reader") -> LanguageBatch:
+        texts = [text for sample in plan.lanes[lane] if (text := reader.text(sample.sample)) is not None]
+        media = [[item.module for item in sample.media] for sample in plan.lanes[lane]] or [[]]
+        padding = torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORE)
+        input_ids, labels = ([*column] for column in zip(*(texts or [padding]), strict=True))
+        return LanguageBatch(
+            input_ids=pad_sequence(input_ids, batch_first=True),
+            labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+            lengths=tuple(len(ids) for ids in input_ids),
+            media_counts={name: tuple(modules.count(name) for modules in media) for name in self.encoder_lanes},
+        )
+
+    def _load_media(self, plan: MicrobatchPlan, encoder: str, lane: int, reader: "_Reader") -> MediaBatch | None:
+        if not plan.items[encoder]:
+            return None
+        mine = [plan.items[encoder][number] for number in plan.encoder_lanes[encoder][lane]]
+        if not mine:
+            return MediaBatch(self.dataset.dummy_media(encoder), dummy=True)
+        read = [inputs for item in mine if (inputs := reader.media(item.sample, item.slot)) is not None]
+        keys = read[0] if read else ()
+        return MediaBatch({key: torch.cat([inputs[key] for inputs in read]) for key in keys}, dummy=False)
+
+
+@dataclass
+class _Reader:
+    """Reads nothing twice in a step. State: what was read (None: unreadable), and why samples failed."""
+
+    dataset: Dataset
+    failed: dict[int, str] = field(default_factory=dict)
+    texts: dict[int, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
+    items: dict[tuple[int, int], dict[str, Tensor] | None] = field(default_factory=dict)
+
+    def text(self, sample: int) -> tuple[Tensor, Tensor] | None:
+        if sample not in self.texts:
+            self.texts[sample] = self._try(sample, lambda: self.dataset.text(sample))
+        return self.texts[sample]
+
+    def media(self, sample: int, slot: int) -> dict[str, Tensor] | None:
+        if (sample, slot) not in self.items:
+            self.items[sample, slot] = self._try(sample, lambda: self.dataset.media(sample, slot))
+        return self.items[sample, slot]
+
+    def _try(self, sample: int, read: Callable[[], Value]) -> Value | None:
+        try:
+            return read()
+        except DataError as error:
+            self.failed.setdefault(sample, str(error))
+            return None
+
+
+def _union(parts: Sequence[Mapping[int, Value]]) -> dict[int, Value]:
+    """One mapping of all ranks' mappings, the same on every rank."""
+    return {sample: value for part in parts for sample, value in part.items()}

@@ -1,0 +1,200 @@
+"""How do raw samples become model inputs? With the model's own Hugging Face processor and chat template."""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from PIL import Image
+from torch import Tensor
+
+from meshweave.batch import MediaMeta, SampleMeta
+from meshweave.data.dataset import IGNORE, RawSample, Source
+from meshweave.errors import ConfigError, DataError
+
+# (height, width) of the blank images that a processor's arithmetic is checked with.
+PROBES = ((64, 64), (48, 112))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one image of a given size takes in the text and in the encoder."""
+
+    text: str
+    """What the processor writes in place of the image's placeholder."""
+    tokens: int
+    """Media tokens among it."""
+    grid: tuple[int, ...] | None
+    """(t, h, w) in patches, for processors that return `image_grid_thw`."""
+
+
+def patches(meta: MediaMeta) -> float:
+    """The default encoding cost: patches where the item has a grid, tokens elsewhere."""
+    return float(prod(meta.grid) if meta.grid is not None else meta.tokens)
+
+
+class ProcessedDataset:
+    """A `Dataset`: a source seen through a transformers processor and its chat template.
+
+    `module` encodes the images; `cost` gives an item's relative encoding cost from its tokens and grid.
+    The token ids are those of `processor.apply_chat_template(messages, tokenize=True)`, but no pixel is read
+    for them: an image's size says how many tokens it takes. State: a cache by size, and nothing else.
+
+    Raises `ConfigError` for a processor without chat template, image token or fast tokenizer.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        processor: Any,
+        module: str = "vision",
+        cost: Callable[[MediaMeta], float] = patches,
+    ) -> None:
+        self.source, self.processor, self.module, self.cost = source, processor, module, cost
+        _require(processor)
+        self._footprint: Callable[[tuple[int, int]], Footprint] = lru_cache(maxsize=65536)(self._choose_footprint())
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def meta(self, index: int) -> SampleMeta:
+        """Token counts, costs and grids from the text and the image headers. Raises `DataError`."""
+        sample = self.source[index]
+        footprints = self._footprints(sample)
+        text = self._expand(self._render(sample.messages), footprints)
+        media = [MediaMeta(self.module, found.tokens, cost=0.0, grid=found.grid) for found in footprints]
+        return SampleMeta(
+            index,
+            len(self._tokenize(text)["input_ids"]),
+            tuple(replace(item, cost=self.cost(item)) for item in media),
+        )
+
+    def text(self, index: int) -> tuple[Tensor, Tensor]:
+        """`input_ids`, `labels` [tokens] int64; targets are what the assistant says. Raises `DataError`."""
+        sample = self.source[index]
+        footprints = self._footprints(sample)
+        rendered = self._render(sample.messages)
+        spans = [self._moved(span, rendered, footprints) for span in self._answers(sample, rendered)]
+        encoding = self._tokenize(self._expand(rendered, footprints))
+        input_ids = torch.tensor(encoding["input_ids"], dtype=torch.int64)
+        begins, ends = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        target = np.zeros(len(begins), dtype=bool)
+        for first, last in spans:
+            # Any overlap counts, as in transformers' assistant masks; an added BOS overlaps with nothing.
+            target |= (begins < last) & (ends > first)
+        return input_ids, torch.where(torch.from_numpy(target), input_ids, IGNORE)
+
+    def media(self, index: int, slot: int) -> dict[str, Tensor]:
+        """The image processor's output for one image. Raises `DataError` if the image cannot be decoded."""
+        image = self.source[index].media[slot].load()
+        try:
+            return self._process(image)
+        except ValueError as error:  # e.g. an aspect ratio that the image processor refuses
+            raise DataError(f"image {slot}: the image processor refuses it ({error})") from error
+
+    def dummy_media(self, module: str) -> dict[str, Tensor]:
+        """A small blank image."""
+        return self._process(Image.new("RGB", (32, 32)))
+
+    def _render(self, messages: Any, add_generation_prompt: bool = False) -> str:
+        if not messages:  # what comes before the first turn; not every template accepts an empty list
+            return ""
+        try:
+            return str(
+                self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+            )
+        except TemplateError as error:  # e.g. roles that do not alternate
+            raise DataError(f"the chat template refuses the turns {[m['role'] for m in messages]}: {error}") from error
+
+    def _answers(self, sample: RawSample, rendered: str) -> list[tuple[int, int]]:
+        """The character spans of `rendered` that the model has to say: generation prompt to end of turn."""
+        spans = []
+        for turn, message in enumerate(sample.messages):
+            if message["role"] == "assistant":
+                before = self._render(sample.messages[:turn], add_generation_prompt=True)
+                last = turn + 1 == len(sample.messages)
+                after = rendered if last else self._render(sample.messages[: turn + 1])
+                if not (rendered.startswith(after) and after.startswith(before)):
+                    raise DataError(
+                        f"turn {turn}: the chat template writes this turn differently when "
+                        "others follow, so the answer cannot be located; split the conversation"
+                    )
+                spans.append((len(before), len(after)))
+        return spans
+
+    def _expand(self, rendered: str, footprints: list[Footprint]) -> str:
+        pieces = rendered.split(self.processor.image_token)
+        if len(pieces) != len(footprints) + 1:
+            raise DataError(
+                f"the rendered text holds {self.processor.image_token!r} {len(pieces) - 1} times for "
+                f"{len(footprints)} images; the template must write each image, and no text this token"
+            )
+        return "".join(chain.from_iterable(zip(pieces, [*(found.text for found in footprints), ""], strict=True)))
+
+    def _moved(self, span: tuple[int, int], rendered: str, footprints: list[Footprint]) -> tuple[int, int]:
+        """Where a character span of the rendered text lies after `_expand`."""
+        token = re.escape(self.processor.image_token)
+        ends = [match.end() for match in re.finditer(token, rendered)]
+        growth = [len(found.text) - len(self.processor.image_token) for found in footprints]
+        first, last = (at + sum(g for end, g in zip(ends, growth, strict=False) if end <= at) for at in span)
+        return first, last
+
+    def _tokenize(self, text: str) -> Any:
+        tokenizer = self.processor.tokenizer
+        # No second BOS token where the template writes one: the rule of `apply_chat_template`.
+        written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        return tokenizer(text, add_special_tokens=not written, return_offsets_mapping=True)
+
+    def _process(self, image: Image.Image) -> dict[str, Tensor]:
+        return dict(self.processor.image_processor([image], return_tensors="pt"))
+
+    def _footprints(self, sample: RawSample) -> list[Footprint]:
+        sizes = [item.size() for item in sample.media]
+        try:
+            return [self._footprint(size) for size in sizes]
+        except ValueError as error:  # e.g. an aspect ratio that the image processor refuses
+            raise DataError(f"the image processor refuses a (height, width) of {sizes}: {error}") from error
+
+    def _choose_footprint(self) -> Callable[[tuple[int, int]], Footprint]:
+        """The processor's arithmetic on sizes where it holds; else it is shown a blank image."""
+        try:
+            holds = all(self._computed(size) == self._measured(size) for size in PROBES)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            holds = False
+        return self._computed if holds else self._measured
+
+    def _computed(self, size: tuple[int, int]) -> Footprint:
+        images = self.processor.image_processor
+        tokens = self.processor._get_num_multimodal_tokens(image_sizes=[list(size)]).num_image_tokens[0]
+        grid = None
+        if resize := getattr(inspect.getmodule(type(images)), "smart_resize", None):  # the Qwen-VL families
+            bounds = {"min_pixels": images.size["shortest_edge"], "max_pixels": images.size["longest_edge"]}
+            height, width = resize(*size, factor=images.patch_size * images.merge_size, **bounds)
+            grid = (1, height // images.patch_size, width // images.patch_size)
+        return Footprint(self.processor.image_token * tokens, tokens, grid)
+
+    def _measured(self, size: tuple[int, int]) -> Footprint:
+        inputs = self._process(Image.new("RGB", (size[1], size[0])))
+        text = self.processor.replace_image_token(inputs, 0)
+        grid = inputs.get("image_grid_thw")
+        return Footprint(text, text.count(self.processor.image_token), None if grid is None else tuple(grid[0].tolist()))
+
+
+def _require(processor: Any) -> None:
+    name = type(processor).__name__
+    if not getattr(processor, "chat_template", None):
+        raise ConfigError(f"{name} has no chat template; save a `chat_template.jinja` in the model folder")
+    if getattr(processor, "image_token", None) is None:
+        raise ConfigError(f"{name} has no `image_token`; give a processor that marks images with one")
+    if not getattr(processor.tokenizer, "is_fast", False):
+        raise ConfigError(
+            f"{type(processor.tokenizer).__name__} is not a fast tokenizer, so the answers' tokens cannot be "
+            "located; save a `tokenizer.json` in the model folder"
+        )

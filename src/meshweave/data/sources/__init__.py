@@ -1,0 +1,1 @@
+"""Where do raw samples come from? One file a kind of source."""
