@@ -74,6 +74,7 @@ def verify_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Train a few steps in the run's layouts and in the plain Hugging Face model; exit 1 if they differ past the tolerance."""
+    from meshweave.data.dataset import Dataset
     from meshweave.data.synthetic import SyntheticDataset
     from meshweave.model.blueprint import read_model_config
     from meshweave.model.check import check_executable, check_model
@@ -91,6 +92,7 @@ def verify_command(
         if shrunk:
             config = shrink(config)
             run = run.model_copy(update={"weights": "seeded", "data": None})
+        dataset: Dataset
         if run.data is None:
             dataset = SyntheticDataset(config, run.train.batch_size * steps, run.seed)
         else:

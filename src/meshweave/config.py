@@ -110,7 +110,7 @@ class DataConfig(_Strict):
     """What is read."""
 
     source: Literal["llava_json", "digits", "synthetic"]
-    """`llava_json`: LLaVA-style JSON or JSONL with an image folder; `digits`: the demo; `synthetic`: random samples of the model's shape."""
+    """`llava_json`: LLaVA-style JSON or JSONL with an image folder; `digits`: the demo; `synthetic`: random samples."""
     path: Path | None = None
     """`llava_json`: the JSON or JSONL file."""
     images: Path | None = None
@@ -120,12 +120,16 @@ class DataConfig(_Strict):
     samples: PositiveInt | None = None
     """`digits` and `synthetic`: number of training samples."""
     eval_samples: NonNegativeInt = 0
-    """Held-out samples to evaluate; 0 means none for generated sources, and all of `eval_path` for `llava_json`."""
+    """`digits` and `synthetic`: number of held-out samples, evaluated at the end."""
     on_error: Literal["skip", "stop"] = "skip"
     """A missing or broken media file: skip its sample on all ranks alike (named and counted), or stop."""
 
     @model_validator(mode="after")
-    def _source_has_what_it_needs(self) -> "DataConfig":
+    def _keys_fit_the_source(self) -> "DataConfig":
+        of_files, of_generated = {"path", "images", "eval_path"}, {"samples", "eval_samples"}
+        unused = sorted((of_generated if self.source == "llava_json" else of_files) & self.model_fields_set)
+        if unused:
+            raise ValueError(f"{', '.join(unused)}: source {self.source} does not read this; take it out or change the source")
         if self.source == "llava_json":
             if self.path is None:
                 raise ValueError("source llava_json needs `path`, the JSON or JSONL file")
@@ -157,6 +161,12 @@ class TrainConfig(_Strict):
     """Bound of the one global gradient norm over all modules; null turns clipping off."""
     log_every: PositiveInt = 10
     """Steps between log lines."""
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> "TrainConfig":
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} is more than steps={self.steps}; the peak would never be reached")
+        return self
 
 
 class RunConfig(_Strict):
@@ -283,8 +293,8 @@ def _describe(detail: dict[str, Any]) -> str:
 
 
 def _known_keys(location: Sequence[Any]) -> list[str]:
+    nested: dict[str, type[BaseModel]] = {"modules": ModuleConfig, "data": DataConfig, "train": TrainConfig}
     model: type[BaseModel] = RunConfig
     for part in location:
-        nested = {"modules": ModuleConfig, "data": DataConfig, "train": TrainConfig}.get(str(part))
-        model = nested or model
+        model = nested.get(str(part), model)
     return sorted(model.model_fields)

@@ -94,7 +94,8 @@ class Placement:
             raise LayoutError(f"ranks are counted from 0, got {min(self.ranks)}")
         if len(self.ranks) != self.layout.size:
             raise LayoutError(
-                f"layout {self.layout} needs {self.layout.size} ranks, but {len(self.ranks)} are given ({format_ranks(self.ranks)})"
+                f"layout {self.layout} needs {self.layout.size} ranks, but {len(self.ranks)} are given: "
+                f"{format_ranks(self.ranks)}"
             )
 
     @cached_property
@@ -169,7 +170,7 @@ def placements(config: RunConfig) -> dict[str, Placement]:
 
 
 def format_ranks(ranks: tuple[int, ...] | list[int]) -> str:
-    """Shortest text of the form `parse_ranks` reads, for ascending runs."""
+    """Ranks as a run file writes them, ascending runs shortened: `0-3,8`."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][1] + 1:

@@ -30,6 +30,7 @@ HELD_OUT_IMAGES = 300
 
 TEXT_ONLY = 0.10  # shares of the samples; the rest have one picture
 TWO_PICTURES = 0.05
+TWO_MOST = 2
 
 READ_ONE = ("Read the digits.", "Which digits do you see?", "What is written here?")
 READ_TWO = ("Read both pictures.", "Which digits are in both pictures?")
@@ -133,7 +134,7 @@ class DigitsSource:
         if kind < TEXT_ONLY:
             return _sample(*_neighbour(rng), ())
         if kind < TEXT_ONLY + TWO_PICTURES:
-            pictures = tuple(self._picture(rng, 2, (*key, slot)) for slot in range(2))
+            pictures = tuple(self._picture(rng, TWO_MOST, (*key, slot)) for slot in range(2))
             question = READ_TWO[rng.integers(len(READ_TWO))]
         else:
             pictures = (self._picture(rng, 4, (*key, 0)),)
@@ -145,9 +146,7 @@ class DigitsSource:
         count = int(rng.integers(1, most + 1))
         cells = np.sort(rng.permutation((IMAGE_SIZE // CELL) ** 2)[:count])
         images = rng.choice(split_images(self.split), count)
-        return Picture(
-            tuple(images.tolist()), tuple(cells.tolist()), augment if self.split == "train" else None
-        )
+        return Picture(tuple(images.tolist()), tuple(cells.tolist()), augment if self.split == "train" else None)
 
 
 def _neighbour(rng: np.random.Generator) -> tuple[str, str]:
@@ -182,9 +181,7 @@ def build_model_folder(path: str | PathLike[str], seed: int = 0) -> None:
     edge = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     processor = LlavaProcessor(
         # Pillow's processor: torchvision is not needed.
-        image_processor=CLIPImageProcessorPil(
-            size=edge, crop_size=edge, image_mean=[0.5] * 3, image_std=[0.5] * 3
-        ),
+        image_processor=CLIPImageProcessorPil(size=edge, crop_size=edge, image_mean=[0.5] * 3, image_std=[0.5] * 3),
         tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
@@ -241,11 +238,7 @@ def _tokenizer() -> Any:
 
     normalizer, splitter = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     texts = (*READ_ONE, *READ_TWO, *NEIGHBOURS, *NUMBERS, " ".join("0123456789"))
-    words = {
-        word
-        for text in texts
-        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text.format("")))
-    }
+    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text.format("")))}
     vocabulary = {token: number for number, token in enumerate((*SPECIALS, *sorted(words)))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter

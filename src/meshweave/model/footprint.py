@@ -63,10 +63,7 @@ def footprints(
     Raises:
         LayoutError: a module has `tp` above 1, but no tensor-parallel plan.
     """
-    return {
-        name: _footprint(graph, name, placement, data_parallel[name] == "shard")
-        for name, placement in placements.items()
-    }
+    return {name: _footprint(graph, name, placement, data_parallel[name] == "shard") for name, placement in placements.items()}
 
 
 def _footprint(graph: ModelGraph, name: str, placement: Placement, sharded: bool) -> ModuleFootprint:
@@ -79,9 +76,7 @@ def _footprint(graph: ModelGraph, name: str, placement: Placement, sharded: bool
     if layout.pp == layout.ep == layout.etp == 1:
         lanes = layout.dp if sharded else 1
         held = {
-            (tp, dp): sum(
-                count * _part(shape, dim, layout.tp, tp, lanes, dp) for (shape, dim), count in shapes.items()
-            )
+            (tp, dp): sum(count * _part(shape, dim, layout.tp, tp, lanes, dp) for (shape, dim), count in shapes.items())
             for tp in range(layout.tp)
             for dp in range(lanes)
         }
@@ -89,7 +84,7 @@ def _footprint(graph: ModelGraph, name: str, placement: Placement, sharded: bool
         for rank in placement.ranks:
             coordinate = placement.coordinate(rank)
             assert coordinate is not None
-            local[rank] = held[coordinate["tp"], coordinate["dp"] % lanes]
+            local[rank] = held[coordinate["tp"], coordinate["dp"] if sharded else 0]
     first = next(iter(parameters.values()))
     whole = sum(value.numel() for value in parameters.values())
     return ModuleFootprint(whole, local, first.element_size())
@@ -124,9 +119,9 @@ def _split_dims(graph: ModelGraph, name: str) -> dict[str, int | None]:
                 found[f"{child}.{key}"] = _split_dim(parameter, style)
     if not planned:
         raise LayoutError(f"modules.{name}: there is no tensor-parallel plan for it; set tp to 1")
-    head = graph.model.get_output_embeddings()
-    tied = head.weight is graph.model.get_input_embeddings().weight
-    if name == LANGUAGE and not tied:
+    if name == LANGUAGE:
+        # A tied head is no parameter of its own, and the embedding stays whole.
+        head = graph.model.get_output_embeddings()
         where = next(key for key, module in graph.model.named_modules() if module is head)
         for key, parameter in head.named_parameters():
             found[f"{where}.{key}"] = _split_dim(parameter, "colwise")

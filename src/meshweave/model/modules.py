@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ class Encoder(nn.Module):
         for child, module in graph.of_module(name).items():
             self.add_module(child.rpartition(".")[2], module)
         # In a tuple, so that it is not registered as a child: FSDP shall see this module's parameters only.
-        self._base = (graph.model.base_model,)
+        self._base: tuple[Any, ...] = (graph.model.base_model,)
 
     def forward(self, **inputs: Tensor) -> list[Tensor]:
         """Encodes media items.
@@ -118,7 +119,9 @@ class LanguageModel(nn.Module):
         self._media_token: int = graph.model.config.image_token_id
         self._wants_grid = "mm_token_type_ids" in inspect.signature(type(base).forward).parameters
 
-    def forward(self, input_ids: Tensor, labels: Tensor, media: Sequence[Tensor], grids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, media: Sequence[Tensor], grids: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Runs one lane's microbatch.
 
         Args:
@@ -128,7 +131,8 @@ class LanguageModel(nn.Module):
             grids: `[items, 3]` patches of each item in time, height and width, for models whose position ids need it.
 
         Returns:
-            Sum of the token losses (a scalar) and, per sample, whether every target was the most likely token: `[batch]` bool.
+            Sum of the token losses (a scalar). Without gradients also, per sample, whether every target was the most likely
+            token: `[batch]` bool.
         """
         extra: dict[str, object] = {}
         if media:
@@ -140,19 +144,24 @@ class LanguageModel(nn.Module):
                 extra["mm_token_type_ids"] = (input_ids == self._media_token).int()
         # No attention mask: padding is on the right, and a causal decoder never looks there.
         hidden = self._base[0](input_ids=input_ids, use_cache=False, **extra).last_hidden_state
-        return token_loss(self._head[0](hidden), labels)
+        logits = self._head[0](hidden)
+        return token_loss(logits, labels), None if torch.is_grad_enabled() else exact_samples(logits, labels)
 
 
-def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of next tokens, and which samples had every target as the most likely token.
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed cross-entropy of next tokens.
 
     Args:
         logits: `[batch, length, vocabulary]`.
         labels: `[batch, length]`, not shifted, -100 where nothing is predicted.
     """
-    predicted, target = logits[:, :-1], labels[:, 1:]
+    predicted = logits[:, :-1].flatten(0, 1)
     if predicted.dtype in (torch.bfloat16, torch.float16):
         predicted = predicted.float()
-    loss = functional.cross_entropy(predicted.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum")
-    exact = ((predicted.argmax(-1) == target) | (target == -100)).all(-1)
-    return loss, exact
+    return functional.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+
+
+def exact_samples(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which samples have every target as the most likely token, `[batch]` bool; arguments as for `token_loss`."""
+    target = labels[:, 1:]
+    return ((logits[:, :-1].argmax(-1) == target) | (target == -100)).all(-1)

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.distributed.sharding_utils import DtensorShardOperation
 
 from meshweave.errors import CheckpointError
@@ -54,7 +55,7 @@ def fill_seeded(modules: Mapping[str, nn.Module], blueprint: PreTrainedModel, se
     for prefix, module in modules.items():
         for name, unit in _units(blueprint.get_submodule(prefix), prefix):
             values = _initialised(blueprint, unit, name, seed)
-            _fill(module, prefix, {key: (lambda target, value=value: local_part(target, value)) for key, value in values.items()})
+            _fill(module, prefix, {key: partial(local_part, full=value) for key, value in values.items()})
 
 
 def fill_pretrained(modules: Mapping[str, nn.Module], blueprint: PreTrainedModel, folder: Path) -> None:
@@ -68,9 +69,7 @@ def fill_pretrained(modules: Mapping[str, nn.Module], blueprint: PreTrainedModel
     for prefix, module in modules.items():
         for name, unit in _units(blueprint.get_submodule(prefix), prefix):
             buffers = _initialised(blueprint, unit, name, None)
-            _fill(
-                module, prefix, {key: (lambda target, value=value: local_part(target, value)) for key, value in buffers.items()}
-            )
+            _fill(module, prefix, {key: partial(local_part, full=value) for key, value in buffers.items()})
         reads = {}
         for key, parameter in blueprint.get_submodule(prefix).named_parameters(prefix=prefix):
             reads[key] = _reader(sources, key, tuple(parameter.shape), folder)
@@ -87,7 +86,7 @@ def local_part(target: Tensor, full: Any) -> Tensor:
 
 
 def _fill(module: nn.Module, prefix: str, reads: Mapping[str, Read]) -> None:
-    targets = dict(module.named_parameters(prefix=prefix, remove_duplicate=False))
+    targets: dict[str, Tensor] = dict(module.named_parameters(prefix=prefix, remove_duplicate=False))
     targets |= dict(module.named_buffers(prefix=prefix, remove_duplicate=False))
     with torch.no_grad():
         for key, read in reads.items():
@@ -159,7 +158,7 @@ def _checkpoint_sources(blueprint: PreTrainedModel, folder: Path) -> dict[str, t
     if not files:
         raise CheckpointError(f"{folder}: no *.safetensors file; use `weights: seeded` to start from random weights")
     mapping = get_model_conversion_mapping(blueprint)
-    renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     expected = blueprint.state_dict()
     sources = {}

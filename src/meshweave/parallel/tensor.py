@@ -47,7 +47,7 @@ class _PackedQKV(TensorParallelLayer):
             module._parameters.update(whole)
 
 
-ALL_PARALLEL_STYLES.register(PACKED_QKV, _PackedQKV())
+ALL_PARALLEL_STYLES.register(PACKED_QKV, _PackedQKV())  # type: ignore[arg-type]
 
 
 def tensor_parallel(module: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> list[str]:

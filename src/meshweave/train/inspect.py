@@ -13,7 +13,7 @@ from meshweave.model.blueprint import STORED, TRAVELS_AS, blueprint_of, read_mod
 from meshweave.model.check import check_model
 from meshweave.model.footprint import footprints
 from meshweave.model.modules import graph_of, media_widths
-from meshweave.report.layout_map import render_layout_map
+from meshweave.report.layout_map import render_layout_map, title
 from meshweave.report.layout_picture import draw_layout_map
 from meshweave.report.traffic import boundary_traffic
 from meshweave.train.data import build_datasets
@@ -37,7 +37,7 @@ def inspect_run(run: RunConfig, console: Console) -> None:
     console.print(render_layout_map(run, where, held, traffic))
     picture = run.output / "layout.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
-    draw_layout_map(where, run.world_size, picture)
+    draw_layout_map(where, run.world_size, picture, title(run, where))
     console.print(f"picture: {picture}", highlight=False)
 
 

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meshweave.batch import MicrobatchPlan
-from meshweave.boundary import TransferPlan, lane_ownership, plan_transfer, transfer
+from meshweave.boundary import TransferPlan, transfer
+from meshweave.boundary.crossing import plan_crossing
 from meshweave.config import LANGUAGE
 from meshweave.data.loader import LanguageBatch, LocalMicrobatch, LocalStep, MediaBatch
 from meshweave.parallel.build import LocalModel
@@ -29,12 +30,12 @@ class Totals:
     targets: int
     """Target tokens."""
     exact: int
-    """Samples whose every target token was the most likely one."""
+    """Samples whose every target token was the most likely one; counted in evaluation only."""
     samples: int
     squared_norms: Mapping[str, float]
     """Module to its squared gradient norm, of the summed (not yet divided) gradients; empty without a backward."""
-    boundary_tokens: int
-    """Media tokens sent from rank to rank, forward and backward, over all boundaries."""
+    crossed: Mapping[str, tuple[int, int]]
+    """Encoder to the media tokens sent from rank to rank over its boundary, forward and backward."""
 
     @property
     def loss(self) -> float:
@@ -47,14 +48,6 @@ class Totals:
         return math.sqrt(sum(self.squared_norms.values())) / max(1, self.targets)
 
 
-def boundary_plan(plan: MicrobatchPlan, encoder: str, world: World) -> TransferPlan:
-    """Who sends which media tokens of a microbatch to whom."""
-    tokens = plan.item_tokens(encoder)
-    source = lane_ownership(tokens, plan.encoder_lanes[encoder], world.placements[encoder].lanes())
-    destination = lane_ownership(tokens, plan.language_items(encoder), world.placements[LANGUAGE].lanes())
-    return plan_transfer(source, destination, world.node_size)
-
-
 def run_step(
     model: LocalModel, step: LocalStep, world: World, widths: tuple[int, ...], dtype: torch.dtype, *, backward: bool = True
 ) -> Totals:
@@ -65,16 +58,21 @@ def run_step(
         dtype: dtype in which media tokens and their gradients travel.
     """
     plans = step.plan.microbatches
-    boundary_tokens = 0
+    crossed = {name: (0, 0) for name in world.placements if name != LANGUAGE}
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     for number, (plan, local) in enumerate(zip(plans, step.microbatches, strict=True)):
         for name, part in model.modules.items():
             # Reduce once, in the last microbatch in which the module works at all.
             works_later = any(name == LANGUAGE or later.items.get(name) for later in plans[number + 1 :])
             synchronize_gradients(part.module, not works_later)
-        crossings = {encoder: boundary_plan(plan, encoder, world) for encoder, items in plan.items.items() if items}
-        for crossing in crossings.values():
-            boundary_tokens += crossing.tokens_moved + (crossing.transpose().tokens_moved if backward else 0)
+        crossings = {
+            encoder: plan_crossing(plan, encoder, world.placements, world.node_size)
+            for encoder, items in plan.items.items()
+            if items
+        }
+        for encoder, crossing in crossings.items():
+            there, back = crossed[encoder]
+            crossed[encoder] = (there + crossing.tokens_moved, back + (crossing.transpose().tokens_moved if backward else 0))
         with torch.set_grad_enabled(backward):
             sums += _run_microbatch(model, plan, local, crossings, world, widths, dtype, backward)
     norms = torch.zeros(len(world.placements), dtype=torch.float64, device=world.device)
@@ -88,7 +86,7 @@ def run_step(
         dist.all_reduce(totals)
     loss_sum, targets, exact, samples, *squares = totals.tolist()
     squared_norms = dict(zip(world.placements, squares, strict=True)) if backward else {}
-    return Totals(loss_sum, int(targets), int(exact), int(samples), squared_norms, boundary_tokens)
+    return Totals(loss_sum, int(targets), int(exact), int(samples), squared_norms, crossed)
 
 
 def finish_gradients(model: LocalModel, totals: Totals, max_grad_norm: float | None) -> bool:
@@ -168,8 +166,11 @@ def _language_forward(
     )
     samples = len(plan.lanes[lane])
     targets = (labels[:, 1:] != -100).sum()
-    counts = torch.stack([targets, exact[:samples].sum(), torch.tensor(samples, device=world.device)])
-    return loss, counts.double()
+    counts = torch.zeros(3, dtype=torch.float64, device=world.device)
+    counts[0] = targets
+    counts[1] = exact[:samples].sum() if exact is not None else 0
+    counts[2] = samples
+    return loss, counts
 
 
 def _to_device(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

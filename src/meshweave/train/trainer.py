@@ -19,7 +19,7 @@ from meshweave.model.flops import TRAINING_FACTOR, ModuleFlops, count_flops
 from meshweave.model.modules import graph_of, media_widths
 from meshweave.parallel.build import LocalModel, build_model
 from meshweave.report.curves import draw_loss_curve
-from meshweave.report.summary import Summary
+from meshweave.report.summary import Crossing, Summary
 from meshweave.train.data import build_datasets, build_loader
 from meshweave.train.export import export_model
 from meshweave.train.metrics import MetricsLog
@@ -57,9 +57,9 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig) -> Summary:
     graph = graph_of(blueprint_of(config, STORED[run.dtype]))
     flops = {name: count_flops(graph, name) for name in run.modules}
     widths, dtype = media_widths(config), TRAVELS_AS[run.dtype]
+    token_bytes = sum(widths) * dtype.itemsize
     log = MetricsLog(run.output) if world.rank == 0 else None
     records: list[dict[str, Any]] = []
-    skipped_samples = 0
     with _progress(world, run.train.steps) as progress:
         task = progress.add_task("training", total=run.train.steps, shown="")
         started = time.perf_counter()
@@ -78,17 +78,17 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig) -> Summary:
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
             now = time.perf_counter()
-            work = step_flops(step.plan, flops)
-            skipped_samples += step.skipped
             record = {
                 "step": number,
                 "loss": totals.loss,
                 "grad_norm": totals.grad_norm,
                 "lr": rates,
                 "seconds": now - started,
+                "tokens": step_tokens(step.plan),
                 "tokens_per_second": step_tokens(step.plan) / (now - started),
-                "flops": work,
-                "boundary_bytes": totals.boundary_tokens * sum(widths) * dtype.itemsize,
+                "flops": step_flops(step.plan, flops),
+                "boundary_forward_bytes": {name: there * token_bytes for name, (there, _) in totals.crossed.items()},
+                "boundary_backward_bytes": {name: back * token_bytes for name, (_, back) in totals.crossed.items()},
                 "skipped_samples": step.skipped,
                 "updated": int(updated),
             }
@@ -105,7 +105,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig) -> Summary:
     if log is not None:
         draw_loss_curve(records, run.output / "loss.png")
         log.close()
-    return _summary(run, world, records, skipped_samples, evaluation)
+    return _summary(run, records, evaluation)
 
 
 def evaluate(
@@ -155,22 +155,25 @@ def _progress(world: World, steps: int) -> Progress:
     return Progress(*columns, console=console, disable=world.rank != 0 or not console.is_terminal)
 
 
-def _summary(run: RunConfig, world: World, records: list[dict[str, Any]], skipped: int, evaluation: Evaluation | None) -> Summary:
+def _summary(run: RunConfig, records: list[dict[str, Any]], evaluation: Evaluation | None) -> Summary:
     timed = records[_WARM_UP_STEPS:] or records
-    seconds = sum(record["seconds"] for record in timed)
+
+    def mean(key: str, name: str) -> float:
+        return sum(record[key][name] for record in records) / len(records)
+
     return Summary(
         steps=len(records),
-        world_size=world.size,
-        final_loss=records[-1]["loss"],
-        held_out_loss=evaluation.loss if evaluation else None,
-        held_out_exact=evaluation.exact if evaluation else None,
-        held_out_samples=evaluation.samples if evaluation else None,
-        tokens_per_second=sum(record["tokens_per_second"] * record["seconds"] for record in timed) / seconds,
-        flops_per_step={name: sum(record["flops"][name] for record in timed) / len(timed) for name in run.modules},
-        seconds_per_step=seconds / len(timed),
-        boundary_bytes_per_step=sum(record["boundary_bytes"] for record in timed) / len(timed),
-        skipped_samples=skipped,
-        run_folder=run.output,
+        seconds=len(records) * sum(record["seconds"] for record in timed) / len(timed),
+        loss=records[-1]["loss"],
+        tokens_per_second=sum(record["tokens"] for record in timed) / sum(record["seconds"] for record in timed),
+        flops={name: mean("flops", name) for name in run.modules},
+        crossings={
+            name: Crossing(mean("boundary_forward_bytes", name), mean("boundary_backward_bytes", name)) for name in run.encoders
+        },
+        skipped=sum(record["skipped_samples"] for record in records),
+        exact=evaluation.exact if evaluation else None,
+        evaluated=evaluation.samples if evaluation else None,
+        eval_loss=evaluation.loss if evaluation else None,
         loss_curve=run.output / "loss.png",
         metrics=run.output / "metrics.jsonl",
         tensorboard=run.output / "tensorboard",

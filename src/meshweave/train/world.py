@@ -67,8 +67,8 @@ def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result
     gpus = torch.cuda.device_count()
     if gpus and run.world_size > gpus:
         raise ConfigError(
-            f"the run file describes {run.world_size} ranks, but this machine has {gpus} GPUs; start it on all nodes with torchrun, "
-            "or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"
+            f"the run file describes {run.world_size} ranks, but this machine has {gpus} GPUs; start it on all "
+            "nodes with torchrun, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"
         )
     with tempfile.TemporaryDirectory(prefix="meshweave-") as folder:
         if run.world_size == 1:

@@ -1,0 +1,5 @@
+"""`python -m meshweave`, and `torchrun -m meshweave`."""
+
+from meshweave.cli import app
+
+app()

@@ -1,0 +1,1 @@
+"""What happened, or would happen? Layout maps, boundary traffic, curves and summaries."""

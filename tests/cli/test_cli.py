@@ -1,0 +1,145 @@
+"""What a person types, and what they read back: exit codes and messages of the commands, run as they would be."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.models import CONFIGS, write_model_folder
+from typer.testing import CliRunner
+
+from meshweave.cli import app
+
+
+def write_run(tmp_path: Path, **changes: Any) -> Path:
+    folder = write_model_folder(CONFIGS["llava"](), tmp_path / "model", weights=True)
+    tree: dict[str, Any] = {
+        "model": str(folder),
+        "modules": {"vision": {"ranks": "0-1", "dp": 2}, "language": {"ranks": "0-1", "tp": 2}},
+        "data": {"source": "synthetic", "eval_samples": 6},
+        "train": {"steps": 3, "batch_size": 6},
+        "output": str(tmp_path / "out"),
+        "timeout_seconds": 60,
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tree | changes))
+    return file
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_train_ends_with_a_summary(tmp_path: Path) -> None:
+    code, output = run("train", str(write_run(tmp_path)))
+    assert code == 0, output
+    for expected in ("held-out answers", "tokens/s", "model FLOPs, vision", "boundary, vision", "loss.png"):
+        assert expected in output
+    assert (tmp_path / "out" / "model" / "config.json").exists()
+
+
+def test_train_joins_a_world_that_torchrun_made(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29641"]
+    command = [*launcher, "-m", "meshweave", "train", str(write_run(tmp_path))]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=110, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("held-out answers") == 1
+
+
+def test_inspect_prints_every_rank_and_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *a, **k: pytest.fail("inspect started a process group"))
+    code, output = run("inspect", str(write_run(tmp_path)))
+    assert code == 0, output
+    assert "2 ranks" in output
+    assert "tp 0/2" in output
+    assert "vision → language" in output
+    assert (tmp_path / "out" / "layout.png").exists()
+
+
+def test_inspect_reads_a_layout_of_thousands_of_ranks(tmp_path: Path) -> None:
+    modules = {
+        "vision": {"ranks": "0-4095", "dp": 4096},
+        "language": {"ranks": "0-4095", "pp": 8, "dp": 64, "cp": 2, "tp": 4},
+    }
+    code, output = run("inspect", str(write_run(tmp_path, modules=modules, train={"steps": 1, "batch_size": 256})))
+    assert code == 0, output
+    assert "4,096 ranks" in output or "4096 ranks" in output
+
+
+def test_verify_passes_and_says_so(tmp_path: Path) -> None:
+    code, output = run("verify", str(write_run(tmp_path)), "--steps", "2", "--json")
+    report = json.loads(output)
+    assert code == 0
+    assert report["passed"] is True
+    assert report["gradient"]["error"] < 1e-9
+    assert report["samples"] == 12
+
+
+def test_verify_of_a_shrunk_model_needs_neither_weights_nor_data(tmp_path: Path) -> None:
+    file = write_run(tmp_path, data=None)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    code, output = run("verify", str(file), "--shrink", "--steps", "1")
+    assert code == 0, output
+    assert "same as the single process" in output
+
+
+def test_verify_past_the_tolerance_exits_non_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshweave.train.step.sum_partial_gradients", lambda module, mesh: None)
+    code, output = run("verify", str(write_run(tmp_path)), "--steps", "1")
+    assert code == 1
+    assert "NOT the same" in output
+    assert "q_norm" in output or "k_norm" in output
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("modules.vision.dq=2", "modules.vision.dq: unknown key"),
+        ("modules.vision.dp=3", "modules.vision: dp 3"),
+        ("modules.language.tp=3", "modules.language"),
+        ("modules.vision.ranks=[0,0]", "listed twice"),
+        ("modules.audio={ranks: 0-1, dp: 2}", "modules.audio: a llava model has no such module"),
+        ("model=/nowhere", "'/nowhere' holds no config.json"),
+        ("train.batch_size=1", "train.batch_size=1: fewer samples than"),
+        ("train.batch_size=0", "train.batch_size"),
+        ("data={source: llava_json, path: /nowhere.json}", "'/nowhere.json' does not exist"),
+        ("data.sorce=digits", "did you mean source?"),
+        ("nonsense", "expected KEY=VALUE"),
+        ("data.path=/tmp", "path: source synthetic does not read this"),
+        ("train.warmup_steps=99", "warmup_steps=99 is more than steps=3"),
+    ],
+)
+def test_a_wrong_run_is_refused_in_one_message_before_a_process_starts(
+    override: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meshweave.train.world.launch", lambda *a: pytest.fail("a process would have started"))
+    modules = {"vision": {"ranks": "0-1", "dp": 2}, "language": {"ranks": "0-1", "dp": 2}}
+    code, output = run("train", str(write_run(tmp_path, modules=modules)), "--set", override)
+    assert code == 2, output
+    assert expected in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        ({"vision": {"ranks": "0-3", "dp": 4}, "language": {"ranks": "0-3", "cp": 4}}, "modules.language.cp=4: context"),
+        ({"vision": {"ranks": "0-3", "dp": 4}, "language": {"ranks": "0-3", "pp": 4}}, "modules.language.pp=4: pipeline"),
+        ({"vision": {"ranks": "0-3", "replicas": 4}, "language": {"ranks": "0-3", "tp": 4}}, "modules.vision.replicas=4"),
+        ({"vision": {"ranks": "0-2", "tp": 3}, "language": {"ranks": "0-2", "dp": 3}}, "does not divide num_attention_heads=4"),
+        ({"vision": {"ranks": "0-1", "dp": 2}}, "there is no 'language'"),
+        ({"language": {"ranks": "0-1", "dp": 2}}, "modules.vision: missing"),
+        ({"vision": {"ranks": "0-1", "dp": 2}, "language": {"ranks": "3", "dp": 1}}, "ranks [2] belong to no module"),
+    ],
+)
+def test_layouts_that_cannot_run_are_refused_with_the_key(modules: Any, expected: str, tmp_path: Path) -> None:
+    code, output = run("train", str(write_run(tmp_path, modules=modules)))
+    assert code == 2, output
+    assert expected in output

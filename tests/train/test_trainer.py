@@ -1,0 +1,133 @@
+"""A run trains, logs, evaluates, exports; and ends with one message when it cannot."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.models import CONFIGS, write_model_folder
+from transformers import AutoModelForImageTextToText
+
+from meshweave.config import RunConfig, parse_config
+from meshweave.errors import CheckpointError, ConfigError, DataError
+from meshweave.model.blueprint import read_model_config
+from meshweave.report.summary import Summary
+from meshweave.train.trainer import train
+from meshweave.train.world import World, launch
+
+
+def run_of(tmp_path: Path, **changes: Any) -> RunConfig:
+    folder = write_model_folder(CONFIGS["llava"](), tmp_path / "model", weights=True)
+    tree: dict[str, Any] = {
+        "model": str(folder),
+        "modules": {"vision": {"ranks": "0-1", "dp": 2}, "language": {"ranks": "0-1", "tp": 2}},
+        "data": {"source": "synthetic", "samples": 64, "eval_samples": 10},
+        "train": {"steps": 12, "batch_size": 8, "lr": 3e-3, "warmup_steps": 2},
+        "output": str(tmp_path / "out"),
+        "timeout_seconds": 60,
+    }
+    return parse_config(tree | changes)
+
+
+def trained(run: RunConfig) -> Summary:
+    config = read_model_config(run.model)
+    summary = launch(run, lambda world, run: train(world, run, config))
+    assert summary is not None
+    return summary
+
+
+def test_a_run_writes_metrics_curve_and_a_model_that_transformers_loads(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    summary = trained(run)
+    records = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(12))
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert records[0]["lr"]["vision"] == pytest.approx(1.5e-3)
+    assert summary.evaluated == 10
+    assert summary.flops["vision"] > 0 < summary.flops["language"]
+    assert summary.crossings["vision"].forward_bytes > 0
+    assert (run.output / "loss.png").stat().st_size > 1000
+    assert list((run.output / "tensorboard").iterdir())
+    before = AutoModelForImageTextToText.from_pretrained(run.model, dtype=torch.float32).state_dict()
+    after = AutoModelForImageTextToText.from_pretrained(run.output / "model", dtype=torch.float32).state_dict()
+    assert before.keys() == after.keys()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert any(name.startswith("model.vision_tower") for name in moved)
+    assert any(name.startswith("model.language_model") for name in moved)
+
+
+def test_the_exported_model_does_not_depend_on_the_layout(tmp_path: Path) -> None:
+    layouts = {
+        "one": {"vision": {"ranks": 0}, "language": {"ranks": 0}},
+        "two": {"vision": {"ranks": "0-1", "dp": 2}, "language": {"ranks": "0-1", "tp": 2}},
+        "apart": {"vision": {"ranks": "1"}, "language": {"ranks": "0"}},
+    }
+    weights = []
+    for name, modules in layouts.items():
+        run = run_of(tmp_path, modules=modules, dtype="float64", output=str(tmp_path / name))
+        trained(run)
+        weights.append(AutoModelForImageTextToText.from_pretrained(run.output / "model", dtype=torch.float64).state_dict())
+    for other in weights[1:]:
+        for name, value in weights[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-7, atol=1e-9)
+
+
+def test_a_learning_rate_per_module_is_used(tmp_path: Path) -> None:
+    modules = {"vision": {"ranks": 0, "lr": 1e-5}, "language": {"ranks": 0}}
+    run = run_of(tmp_path, modules=modules)
+    trained(run)
+    last = json.loads((run.output / "metrics.jsonl").read_text().splitlines()[2])
+    assert last["lr"]["vision"] / last["lr"]["language"] == pytest.approx(1e-5 / 3e-3)
+
+
+def test_bfloat16_trains_close_to_float32(tmp_path: Path) -> None:
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        losses[dtype] = trained(run_of(tmp_path, dtype=dtype, output=str(tmp_path / dtype))).loss
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses["bfloat16"] != losses["float32"]
+
+
+def test_a_non_finite_gradient_skips_the_update_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from meshweave.train import trainer
+
+    original = trainer.run_step
+    calls = []
+
+    def poisoned(model: Any, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        totals = original(model, *args, **options)
+        if len(calls) == 3:
+            return replace(totals, loss_sum=float("nan"))
+        return totals
+
+    monkeypatch.setattr(trainer, "run_step", poisoned)
+    run = run_of(tmp_path, modules={"vision": {"ranks": 0}, "language": {"ranks": 0}})
+    trained(run)
+    records = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+    assert [record["updated"] for record in records[:5]] == [1, 1, 0, 1, 1]
+
+
+def test_an_error_on_one_rank_arrives_as_the_same_error(tmp_path: Path) -> None:
+    def broken(world: World, run: RunConfig) -> None:
+        if world.rank == 1:
+            raise DataError("picture 7 is broken")
+
+    with pytest.raises(DataError, match="picture 7 is broken"):
+        launch(run_of(tmp_path), broken)
+
+
+def test_a_launched_world_of_the_wrong_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="describes 2 ranks, but the launcher started 8"):
+        launch(run_of(tmp_path), lambda world, run: None)
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    (run.model / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no \*.safetensors file"):
+        trained(run)
