@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,7 @@ def train_command(run_file: RunFile, overrides: Overrides = None) -> None:
         check_model(run, config)
         check_executable(run)
         build_datasets(run, config)  # what is wrong with the data shall show before processes start
-        summary = launch(run, lambda world, run: train(world, run, config))
+        summary = launch(run, partial(train, config=config))
         if summary is not None:
             Console().print(render_summary(summary))
 
@@ -74,8 +75,6 @@ def verify_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Train a few steps in the run's layouts and in the plain Hugging Face model; exit 1 if they differ past the tolerance."""
-    from meshweave.data.dataset import Dataset
-    from meshweave.data.synthetic import SyntheticDataset
     from meshweave.model.blueprint import read_model_config
     from meshweave.model.check import check_executable, check_model
     from meshweave.model.shrink import shrink
@@ -92,12 +91,9 @@ def verify_command(
         if shrunk:
             config = shrink(config)
             run = run.model_copy(update={"weights": "seeded", "data": None})
-        dataset: Dataset
-        if run.data is None:
-            dataset = SyntheticDataset(config, run.train.batch_size * steps, run.seed)
-        else:
-            dataset, _ = build_datasets(run, config)
-        report = launch(run, lambda world, run: verify(world, run, config, dataset, steps))
+        if run.data is not None:
+            build_datasets(run, config)
+        report = launch(run, partial(verify, config=config, steps=steps))
         if report is None:
             return
         if as_json:

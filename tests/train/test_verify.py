@@ -1,5 +1,6 @@
 """Every layout trains the same model as one process: loss, every gradient, and the weights after five steps."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,14 @@ def run_of(folder: Path, vision: dict[str, Any], language: dict[str, Any], **cha
         "train": train,
         "dtype": "float64",
         "weights": "seeded",
+        "seed": 3,
         "timeout_seconds": 60,
     }
     return parse_config(tree | changes)
 
 
 def verified(run: RunConfig, steps: int = STEPS) -> VerifyReport:
-    config = read_model_config(run.model)
-    dataset = SyntheticDataset(config, 64, seed=3)
-    report = launch(run, lambda world, run: verify(world, run, config, dataset, steps))
+    report = launch(run, partial(verify, config=read_model_config(run.model), steps=steps))
     assert report is not None
     return report
 

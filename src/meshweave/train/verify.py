@@ -11,12 +11,13 @@ from transformers import PreTrainedConfig
 
 from meshweave.config import RunConfig
 from meshweave.data.dataset import Dataset
+from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import ConfigError
 from meshweave.model.blueprint import STORED
 from meshweave.model.modules import media_widths
 from meshweave.parallel.build import LocalModel, build_model
 from meshweave.parallel.gather import whole
-from meshweave.train.data import build_loader
+from meshweave.train.data import build_datasets, build_loader
 from meshweave.train.optimizer import build_optimizer, build_schedule
 from meshweave.train.oracle import Oracle
 from meshweave.train.step import Totals, finish_gradients, run_step
@@ -65,10 +66,11 @@ class VerifyReport:
         return asdict(self) | {"passed": self.passed}
 
 
-def verify(world: World, run: RunConfig, config: PreTrainedConfig, dataset: Dataset, steps: int) -> VerifyReport:
+def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -> VerifyReport:
     """Takes `steps` optimizer steps in the run's layouts and in the plain model; compares loss, every gradient, every weight.
 
-    The first rank of each module runs the plain model, and compares that module.
+    The batches are those of the run's data, or random ones where it names none. The first rank of each module runs the
+    plain model, and compares that module.
 
     Raises:
         ConfigError: the run's dtype has no tolerance.
@@ -79,6 +81,11 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, dataset: Data
         # AdamW turns the rounding of a near-zero gradient into a full-size step; this keeps the comparison about layouts.
         run = run.model_copy(update={"train": run.train.model_copy(update={"eps": max(run.train.eps, 1e-6)})})
     dtype = STORED[run.dtype]
+    dataset: Dataset
+    if run.data is None:
+        dataset = SyntheticDataset(config, run.train.batch_size * steps, run.seed)
+    else:
+        dataset, _ = build_datasets(run, config)
     model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
     loader = build_loader(run, dataset, world)
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})

@@ -46,6 +46,8 @@ class World:
 def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result | None:
     """Calls `work` on every rank of the run and returns rank 0's result; None in a launched process other than rank 0.
 
+    On GPUs local processes are spawned, not forked: `work` must then be picklable, e.g. a function or a `partial` of one.
+
     Under torchrun or Slurm (more than one task) this process joins the world that is there. Otherwise it starts
     `run.world_size` local processes, or works by itself if that is 1.
 
