@@ -38,7 +38,9 @@ def _ranks_from_text(value: Any) -> Any:
         if len(bounds) > 2 or not all(bound.isdigit() for bound in bounds):
             raise ValueError(f"expected rank numbers and ranges, such as 0-3 or 0,2,4-7 (got {value!r})")
         first, last = int(bounds[0]), int(bounds[-1])
-        ranks.extend(range(first, last + 1) if first <= last else range(first, last - 1, -1))
+        if first > last:
+            raise ValueError(f"the range {part.strip()} runs backwards; write {last}-{first}")
+        ranks.extend(range(first, last + 1))
     return tuple(ranks)
 
 
@@ -55,7 +57,7 @@ class ModuleConfig(_Strict):
     """Layout, ranks and training options of one module."""
 
     ranks: Ranks
-    """Ranks the module runs on, in layout order, e.g. `0-7`."""
+    """Ranks the module runs on, ascending, e.g. `0-7` or `0-3,8-11`; `tp` neighbours are adjacent in this list."""
     pp: PositiveInt = 1
     """Pipeline stages."""
     dp: PositiveInt
@@ -94,6 +96,9 @@ class ModuleConfig(_Strict):
         twice = sorted(rank for rank, count in Counter(self.ranks).items() if count > 1)
         if twice:
             raise ValueError(f"ranks {twice} are listed twice; every rank holds one position of a module's layout")
+        if list(self.ranks) != sorted(self.ranks):
+            # torch numbers a process group's ranks in ascending order, whatever order a mesh lists them in.
+            raise ValueError(f"ranks {list(self.ranks)} must ascend; write {sorted(self.ranks)}")
         sizes = {axis: getattr(self, axis) for axis in ("pp", "dp", "replicas", "cp", "tp")}
         product = 1
         for size in sizes.values():

@@ -105,6 +105,8 @@ def test_verify_past_the_tolerance_exits_non_zero(tmp_path: Path, monkeypatch: p
         ("modules.vision.dp=3", "modules.vision: dp 3"),
         ("modules.language.tp=3", "modules.language"),
         ("modules.vision.ranks=[0,0]", "listed twice"),
+        ("modules.vision.ranks=[1,0]", "must ascend"),
+        ("modules.vision.ranks=1-0", "runs backwards"),
         ("modules.audio={ranks: 0-1, dp: 2}", "modules.audio: a llava model has no such module"),
         ("model=/nowhere", "'/nowhere' holds no config.json"),
         ("train.batch_size=1", "train.batch_size=1: fewer samples than"),

@@ -56,7 +56,6 @@ def test_a_right_run_file_is_read_as_written(tmp_path):
         ("5", (5,)),
         (5, (5,)),
         ([0, 2], (0, 2)),
-        ("3-0", (3, 2, 1, 0)),
     ],
 )
 def test_ranks_may_be_written_in_several_ways(written, ranks):

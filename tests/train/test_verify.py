@@ -1,5 +1,6 @@
 """Every layout trains the same model as one process: loss, every gradient, and the weights after five steps."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 from support.models import CONFIGS, write_model_folder
 
+from meshweave.batch import SampleMeta
 from meshweave.config import RunConfig, parse_config
 from meshweave.data.loader import Loader
 from meshweave.data.synthetic import SyntheticDataset
@@ -70,7 +72,8 @@ PAIRS = {
         module("0-3", dp=2, tp=2, data_parallel="replicate"),
     ),
     "sharded tp2 dp2, replicated dp4": (module("0-3", dp=2, tp=2), module("0-3", dp=4, data_parallel="replicate")),
-    "reversed ranks": (module("3-0", dp=4), module("0-3", dp=2, tp=2)),
+    "ranks with gaps": (module("0,3", dp=2), module("0-1,3", dp=3)),
+    "language before vision": (module("2-3", dp=2), module("0-1", tp=2)),
     "disjoint 3 to 1": (module("0-2", dp=3), module("3")),
     "disjoint 1 to 3": (module("3"), module("0-2", dp=3)),
     "overlapping": (module("0-2", dp=3), module("2-3", tp=2)),
@@ -175,3 +178,30 @@ def test_wrong_initial_weights_are_found(tmp_path: Path, monkeypatch: pytest.Mon
     report = verified(run_of(folder, *PAIRS["homogeneous dp4"], weights="pretrained"), steps=1)
     assert not report.passed
     assert report.loss.error > 1e-3
+
+
+def test_steps_without_any_media_leave_the_encoder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class TextOnly(SyntheticDataset):
+        def __init__(self, config: Any, samples: int, seed: int) -> None:
+            super().__init__(config, 4 * samples, seed)
+
+        def __len__(self) -> int:
+            return self.samples // 4
+
+        def meta(self, index: int) -> SampleMeta:
+            return replace(super().meta(4 * index + 1), sample=index)
+
+        def text(self, index: int) -> Any:
+            return super().text(4 * index + 1)
+
+    monkeypatch.setattr("meshweave.train.verify.SyntheticDataset", TextOnly)
+    folder = write_model_folder(CONFIGS["llava"](), tmp_path)
+    report = verified(run_of(folder, *PAIRS["vision dp4, language tp2 dp2"]), steps=2)
+    assert report.passed, report
+    assert report.media_items == 0
+
+
+def test_ranks_may_idle_if_the_run_file_says_so(tmp_path: Path) -> None:
+    folder = write_model_folder(CONFIGS["llava"](), tmp_path)
+    report = verified(run_of(folder, module("0,3", dp=2), module("1,3", tp=2), idle_ranks="2,4"), steps=2)
+    assert report.passed, report

@@ -31,6 +31,7 @@ HELD_OUT_IMAGES = 300
 TEXT_ONLY = 0.10  # shares of the samples; the rest have one picture
 TWO_PICTURES = 0.05
 TWO_MOST = 2
+ZOOM = 1.0
 
 READ_ONE = ("Read the digits.", "Which digits do you see?", "What is written here?")
 READ_TWO = ("Read both pictures.", "Which digits are in both pictures?")
@@ -105,7 +106,7 @@ def _draw(glyph: np.ndarray, rng: np.random.Generator | None) -> Image.Image:
         (0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0) if rng is None else rng.uniform(*AUG)
     )
     # Pillow wants the inverse map: from a pixel of the cell to the place in the digit it shows.
-    shrink = GLYPH / CELL
+    shrink = GLYPH / CELL / ZOOM
     a, b = shrink * cos(angle) / zoom_x, shrink * (sin(angle) + shear) / zoom_x
     d, e = -shrink * sin(angle) / zoom_y, shrink * cos(angle) / zoom_y
     x, y = CELL / 2 + shift_x, CELL / 2 + shift_y

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshweave.errors import LayoutError
 from meshweave.layout import AXES, Placement
 
 
@@ -13,9 +14,15 @@ def build_meshes(placements: Mapping[str, Placement], device_type: str) -> dict[
 
     Every rank of the world must call this with the same placements in the same order, ranks outside a module included:
     a process group that only its members build hangs, or sums silently wrong.
+
+    Raises:
+        LayoutError: a placement's ranks do not ascend. torch numbers the ranks of a process group in ascending order, whatever
+            order the mesh lists them in, and some of its operations would then shuffle shards silently.
     """
     meshes = {}
     for name, placement in placements.items():
+        if list(placement.ranks) != sorted(placement.ranks):
+            raise LayoutError(f"{name}: a mesh needs ascending ranks, got {placement.ranks}")
         sizes = zip(AXES, placement.layout.sizes(), strict=True)
         named = [(axis, size) for axis, size in sizes if size > 1 or axis == "dp"]
         grid = torch.tensor(placement.ranks).reshape([size for _, size in named])

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from meshweave.config import RunConfig
+from meshweave.config import RunConfig, TrainConfig
 
 
 def build_optimizer(run: RunConfig, parameters: Mapping[str, Mapping[str, nn.Parameter]]) -> AdamW:
@@ -27,12 +28,12 @@ def build_optimizer(run: RunConfig, parameters: Mapping[str, Mapping[str, nn.Par
         [
             {
                 "params": members,
-                "lr": run.modules[name].lr or run.train.lr,
+                "lr": peak_rate(run, name),
                 "weight_decay": run.train.weight_decay if matrix else 0.0,
-                "module": name,
             }
             for (name, matrix, _), members in groups.items()
-        ],
+        ]
+        or [{"params": []}],  # an idle rank: AdamW wants a group
         betas=run.train.betas,
         eps=run.train.eps,
         fused=True,
@@ -40,14 +41,19 @@ def build_optimizer(run: RunConfig, parameters: Mapping[str, Mapping[str, nn.Par
 
 
 def build_schedule(run: RunConfig, optimizer: AdamW) -> LambdaLR:
-    """Linear warm-up over `warmup_steps`, then cosine decay to `min_lr_ratio` of the peak at the last step."""
-    train = run.train
+    """Scales every group's peak rate by `rate_factor`."""
+    return LambdaLR(optimizer, partial(rate_factor, run.train))
 
-    def factor(step: int) -> float:
-        if step < train.warmup_steps:
-            return (step + 1) / train.warmup_steps
-        progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return train.min_lr_ratio + (1 - train.min_lr_ratio) * cosine
 
-    return LambdaLR(optimizer, factor)
+def peak_rate(run: RunConfig, module: str) -> float:
+    """Peak learning rate of a module."""
+    return run.modules[module].lr or run.train.lr
+
+
+def rate_factor(train: TrainConfig, step: int) -> float:
+    """Share of the peak rate at a step: linear warm-up, then cosine decay to `min_lr_ratio` after the last step."""
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return train.min_lr_ratio + (1 - train.min_lr_ratio) * cosine

@@ -23,7 +23,7 @@ from meshweave.report.summary import Crossing, Summary
 from meshweave.train.data import build_datasets, build_loader
 from meshweave.train.export import export_model
 from meshweave.train.metrics import MetricsLog
-from meshweave.train.optimizer import build_optimizer, build_schedule
+from meshweave.train.optimizer import build_optimizer, build_schedule, peak_rate, rate_factor
 from meshweave.train.step import Totals, finish_gradients, run_step
 from meshweave.train.world import World
 
@@ -65,7 +65,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig) -> Summary:
         started = time.perf_counter()
         for number, step in enumerate(loader.steps(0, run.train.steps)):
             totals = run_step(model, step, world, widths, dtype)
-            rates = {group["module"]: group["lr"] for group in optimizer.param_groups}
+            rates = {name: peak_rate(run, name) * rate_factor(run.train, number) for name in run.modules}
             updated = finish_gradients(model, totals, run.train.max_grad_norm)
             if updated:
                 optimizer.step()
