@@ -29,8 +29,9 @@ def main(folder: str = "runs/digits/model", pictures: int = 6) -> None:
         written = model.generate(**inputs, max_new_tokens=10, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         text = processor.tokenizer.decode(written, skip_special_tokens=True)
         expected = answer["content"][0]["text"]
+        asked = next(part["text"] for part in question["content"] if part["type"] == "text")
         mark = "✓" if text == expected else "✗"
-        print(f"  {question['content'][-1]['text']:<36} expected {expected:<10} answered {text:<10} {mark}")
+        print(f"  {asked:<36} expected {expected:<10} answered {text:<10} {mark}")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
 from meshweave.config import load_config
-from meshweave.errors import MeshweaveError
+from meshweave.errors import MeshweaveError, RankError
 
 app = typer.Typer(
     add_completion=False,
@@ -68,7 +68,7 @@ def verify_command(
     run_file: RunFile,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to compare.")] = 5,
-    dtype: Annotated[str, typer.Option(help="float64 (tolerance 1e-9) or float32 (1e-4).")] = "float64",
+    dtype: Annotated[Literal["float64", "float32"], typer.Option(help="Tolerance 1e-9 and 1e-4.")] = "float64",
     shrunk: Annotated[
         bool, typer.Option("--shrink", help="Verify a tiny model of the same architecture and head counts, on random samples.")
     ] = False,
@@ -116,7 +116,8 @@ def _run(work: Callable[[], None]) -> None:
     try:
         work()
     except MeshweaveError as error:
-        if os.environ.get("RANK", "0") == "0":
+        # In a launched world every process comes here; what only one of them knows says so.
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0" or isinstance(error, RankError):
             Console(stderr=True).print("[bold red]error:[/]", end=" ")
             Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(str(error))
         raise typer.Exit(2) from None

@@ -142,6 +142,8 @@ class DataConfig(_Strict):
                 value = getattr(self, key)
                 if value is not None and not value.exists():
                     raise ValueError(f"{key} {str(value)!r} does not exist (looked in {Path.cwd()})")
+                if value is not None and value.is_dir() != (key == "images"):
+                    raise ValueError(f"{key} {str(value)!r} is a {'folder' if value.is_dir() else 'file'}, not what is expected")
         return self
 
 
@@ -289,6 +291,8 @@ def _describe(detail: dict[str, Any]) -> str:
             near = get_close_matches(str(location[-1]), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
             return f"{where}: unknown key; {hint}"
+        case "model_type" | "dict_type":
+            return f"{where}: expected keys with values, got {detail['input']!r}"
         case "missing":
             return f"{where}: this key is required"
         case "value_error":

@@ -5,6 +5,10 @@ class MeshweaveError(Exception):
     """Base of every error that meshweave raises on purpose; its message names what, where, which value and how to fix it."""
 
 
+class RankError(MeshweaveError):
+    """An error of ours that one rank of a launched world met while the others may not have."""
+
+
 class ConfigError(MeshweaveError):
     """The run file, an override, or the combination of run file and model is wrong."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from support.models import CONFIGS, write_model_folder
+from transformers import Qwen3Config
 from typer.testing import CliRunner
 
 from meshweave.cli import app
@@ -145,3 +146,35 @@ def test_layouts_that_cannot_run_are_refused_with_the_key(modules: Any, expected
     code, output = run("train", str(write_run(tmp_path, modules=modules)))
     assert code == 2, output
     assert expected in output
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("output=/proc/nothing", "output='/proc/nothing': cannot be created"),
+        ("train=", "train: expected keys with values, got None"),
+    ],
+)
+def test_what_only_shows_later_is_refused_early(override: str, expected: str, tmp_path: Path) -> None:
+    code, output = run("train", str(write_run(tmp_path)), "--set", override)
+    assert code == 2, output
+    assert expected in output
+
+
+def test_a_model_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
+    file = write_run(tmp_path)
+    Qwen3Config().save_pretrained(tmp_path / "model")
+    code, output = run("train", str(file))
+    assert code == 2
+    assert "holds a qwen3 model; meshweave trains image-text models" in output
+
+
+def test_a_fault_says_where_it_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("meshweave.train.step._language_forward", broken)
+    modules = {"vision": {"ranks": 0}, "language": {"ranks": 0}}
+    with pytest.raises(RuntimeError, match="out of luck") as fault:
+        run("train", str(write_run(tmp_path, modules=modules)))
+    assert fault.value.__notes__ == ["on rank 0: language forward", "on rank 0: microbatch 0"]

@@ -101,7 +101,7 @@ def test_the_world_reaches_to_the_highest_rank_idle_ones_included():
         (("modules.vision.ranks", GONE), r"modules\.vision\.ranks: this key is required$"),
         (("modules.language", GONE), r"no 'language' among \['vision'\]; every run has a language model"),
         (("modules", {}), r"modules: .*at least 1 item.*\(got \{\}\)"),
-        (("modules.vision", None), r"modules\.vision: .*dictionary.*\(got None\)"),
+        (("modules.vision", None), r"modules\.vision: .*expected keys with values, got None"),
         # sizes and ranks
         (
             ("modules.vision.dp", 2),

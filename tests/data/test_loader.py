@@ -277,3 +277,10 @@ def stop_of_a_rank(rank: int, missing: frozenset[int], broken: frozenset[int]) -
 def test_stop_raises_the_same_message_on_every_rank(missing, broken, message):
     messages = run_ranks(WORLD, stop_of_a_rank, frozenset(missing), frozenset(broken))
     assert set(messages) == {f"{message} (or set `data.on_error: skip` to leave it out)"}
+
+
+def test_a_run_in_which_nothing_can_be_read_stops():
+    broken = loader(Ragged(missing=frozenset(range(64))), grouped=False)
+    broken.step(0)
+    with pytest.raises(DataError, match="not one of the first 32 samples can be read; sample"):
+        broken.step(1)

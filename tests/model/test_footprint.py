@@ -123,9 +123,9 @@ def test_a_cut_that_is_not_built_yet_has_an_unknown_footprint_and_not_a_wrong_on
 
 
 def test_a_module_without_a_tensor_parallel_plan_is_refused(monkeypatch):
-    monkeypatch.setattr("meshweave.model.footprint.tensor_plan", lambda config: None)
+    monkeypatch.setattr("meshweave.model.families._plan_of", lambda config: None)
     run = _run({"ranks": "0-1", "tp": 2}, {"ranks": "0-1", "dp": 2})
-    with pytest.raises(LayoutError, match=r"modules\.vision.*tensor-parallel plan.*set tp to 1"):
+    with pytest.raises(LayoutError, match=r"modules\.vision.*tensor-parallel plan.*set its tp to 1"):
         _footprints(run, llava())
 
 

@@ -65,7 +65,7 @@ def llava_siglip() -> PreTrainedConfig:
     )
 
 
-def qwen3_vl() -> PreTrainedConfig:
+def qwen3_vl(*, tied: bool = False) -> PreTrainedConfig:
     """M-RoPE, fused query-key-value in the tower, two deepstack features per media token."""
     return Qwen3VLConfig(
         vision_config={
@@ -92,6 +92,7 @@ def qwen3_vl() -> PreTrainedConfig:
         video_token_id=6,
         vision_start_token_id=7,
         vision_end_token_id=8,
+        tie_word_embeddings=tied,
     )
 
 

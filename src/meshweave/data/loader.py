@@ -17,6 +17,9 @@ from meshweave.data.dataset import IGNORE, Dataset
 from meshweave.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+MOST_NAMED = 20
+"""Unreadable samples that the log names, one line each."""
 Value = TypeVar("Value")
 
 
@@ -76,8 +79,8 @@ class Loader:
             0 and leaves it out, "stop" raises the same `DataError` everywhere.
         drop_last: leave out what is over after the last full batch of an epoch.
 
-    State: the samples already named in the log, and one epoch's order.
-    Raises `DataError` if the dataset is smaller than one batch.
+    State: the samples already named in the log, how many could and could not be read, and one epoch's order.
+    Raises `DataError` if the dataset is smaller than one batch, and from `step` if nothing can be read at all.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Loader:
         self.group, self.seed, self.shuffle, self.on_error = group, seed, shuffle, on_error
         self.steps_per_epoch = len(dataset) // batch_size if drop_last else -(-len(dataset) // batch_size)
         self._named: set[int] = set()
+        self._readable = self._unreadable = 0
         self._order: tuple[int, np.ndarray] | None = None
 
     def steps(self, start: int, stop: int, *, prefetch: bool = True) -> Iterator[LocalStep]:
@@ -139,8 +143,17 @@ class Loader:
             # Decoding may still fail where a header was fine; all ranks then drop the sample and plan again.
             failed = self._agreed_failures({sample: why for sample, why in reader.failed.items() if sample not in bad})
             if not failed:
+                self._refuse_if_nothing_can_be_read(len(samples), bad)
                 return LocalStep(plan, len(bad), local)
             bad |= failed
+
+    def _refuse_if_nothing_can_be_read(self, samples: int, bad: Mapping[int, str]) -> None:
+        """Skipping is for exceptions: where every sample so far is unreadable, the path is wrong, not the file."""
+        self._readable += samples - len(bad)
+        self._unreadable += len(bad)
+        if not self._readable and self._unreadable >= MOST_NAMED:
+            first = min(bad)
+            raise DataError(f"not one of the first {self._unreadable} samples can be read; sample {first}: {bad[first]}")
 
     def sample_ids(self, number: int) -> list[int]:
         """The dataset indices of step `number`, before any is found unreadable."""
@@ -184,7 +197,9 @@ class Loader:
                 raise DataError(f"sample {sample}: {bad[sample]} (or set `data.on_error: skip` to leave it out)")
             if self.rank == 0 and sample not in self._named:
                 self._named.add(sample)
-                logger.warning("sample %d is skipped: %s", sample, bad[sample])
+                if len(self._named) <= MOST_NAMED:
+                    more = "; further ones are counted, not named" if len(self._named) == MOST_NAMED else ""
+                    logger.warning("sample %d is skipped: %s%s", sample, bad[sample], more)
 
     def _load(self, plan: MicrobatchPlan, reader: "_Reader") -> LocalMicrobatch:
         lane = self.language_lane

@@ -1,17 +1,15 @@
 """What does the demo train on: which model folder, and which pictures of handwritten digits?
 
-The pictures are composed on the fly from scikit-learn's 1,797 real handwritten digits (8×8 pixels each). Sample `index`
-of a (split, seed) is always the same sample, so there is nothing to download, store or shuffle. The held-out split is
-by digit image: no held-out handwriting appears in any training picture.
+The pictures are composed on the fly from the 1,797 real handwritten digits (8×8 pixels) that scikit-learn carries, so nothing
+is downloaded or stored. The held-out split is by digit image: no training picture shows a held-out digit.
 """
 
-from collections.abc import Mapping
+import sys
 from dataclasses import dataclass
 from functools import cache
 from math import cos, sin
-from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -19,105 +17,103 @@ from PIL import Image
 from meshweave.data.dataset import RawSample
 from meshweave.errors import DataError
 
-Split = Literal["train", "held_out"]
-SPLITS: tuple[Split, ...] = ("train", "held_out")
+if TYPE_CHECKING:
+    from transformers import LlavaConfig, PreTrainedTokenizerFast
 
-IMAGE_SIZE = 32  # pixels a side; four cells of 16×16, each room for one digit
-CELL = IMAGE_SIZE // 2
+Split = Literal["train", "held_out"]
+
 GLYPH = 8  # pixels a side of an original digit
+CELL = 16  # pixels a side of the place a digit is drawn in
+PICTURE = 2 * CELL  # pixels a side of a picture: four cells, in reading order
 PATCH = 8
 HELD_OUT_IMAGES = 300
 
-TEXT_ONLY = 0.10  # shares of the samples; the rest have one picture
-TWO_PICTURES = 0.05
-TWO_MOST = 2
-ZOOM = 1.0
-
+TEXT_ONLY, TWO_PICTURES = 0.1, 0.1  # shares of the samples; the others have one picture
 READ_ONE = ("Read the digits.", "Which digits do you see?", "What is written here?")
-READ_TWO = ("Read both pictures.", "Which digits are in both pictures?")
-AUG = ((-0.25, 0.85, 0.85, -0.2, -1.5, -1.5, 0.7), (0.25, 1.15, 1.15, 0.2, 1.5, 1.5, 1.0))
+READ_TWO = ("Read both pictures.", "What do they show?")
+AFTER, BEFORE = "What comes after {}?", "What comes before {}?"
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-NEIGHBOURS: Mapping[str, int] = {"What comes after {}?": 1, "What comes before {}?": -1}
 
-PAD, UNKNOWN, IMAGE, END, USER, ASSISTANT = SPECIALS = (
-    "<|pad|>", "<|unknown|>", "<|image|>", "<|end|>", "<|user|>", "<|assistant|>",
-)  # fmt: skip
+# How far a training digit strays: turn (radians), slant, width, height, move right and down (pixels), ink.
+LEAST = (-0.15, -0.12, 0.9, 0.9, -0.9, -0.9, 0.8)
+MOST = (0.15, 0.12, 1.1, 1.1, 0.9, 0.9, 1.0)
+UNCHANGED = (0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0)
+
+PAD, UNKNOWN, IMAGE, END, USER, ASSISTANT = "<|pad|>", "<|unknown|>", "<|image|>", "<|end|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{- '<|' + message.role + '|>' -}}"
-    "{%- if message.role == 'assistant' -%}"
-    "{%- generation -%}{{- body(message) -}}{%- endgeneration -%}"
-    "{%- else -%}{{- body(message) -}}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
-)
-BODY_MACRO = (
-    "{%- macro body(message) -%}"
-    "{%- if message.content is string -%}{{- message.content -}}"
-    "{%- else -%}{%- for part in message.content -%}"
-    "{{- '<|image|>' if part.type == 'image' else part.text -}}"
-    "{%- endfor -%}{%- endif -%}{{- '<|end|>' -}}"
-    "{%- endmacro -%}"
+    "{% for message in messages %}{{ '<|' + message.role + '|>' }}"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}{{ part.text if part.type == 'text' else '<|image|>' }}{% endfor %}{% endif %}"
+    "{{ '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 
 @cache
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """Every handwritten digit, as `(images [1797, 8, 8] uint8, labels [1797] int64)`."""
-    from sklearn.datasets import load_digits
+    """Every handwritten digit: images [1797, 8, 8] uint8, bright ink on black, and labels [1797] int64.
 
-    bunch = load_digits()
-    return np.round(bunch.images * (255 / 16)).astype(np.uint8), bunch.target
+    From the UCI repository's optical recognition of handwritten digits, as scikit-learn carries it.
+    """
+    from sklearn.datasets import load_digits  # an extra that only the demo needs
+
+    images, labels = load_digits(return_X_y=True)
+    return np.round(images.reshape(-1, GLYPH, GLYPH) * (255 / 16)).astype(np.uint8), labels
 
 
 @cache
 def split_images(split: Split) -> np.ndarray:
-    """The digit images that `split` may use, as ascending indices into `digits()`."""
+    """The digit images that pictures of `split` may show, as ascending indices into `digits()`."""
     order = np.random.default_rng(0).permutation(len(digits()[1]))
     return np.sort(order[:HELD_OUT_IMAGES] if split == "held_out" else order[HELD_OUT_IMAGES:])
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A 32×32 picture of one to four digits: a media reference that is drawn rather than read."""
+    """A 32×32 picture of one to four digits: a `MediaRef` that is drawn where others are read."""
 
     images: tuple[int, ...]
-    """Indices into `digits()`, in reading order."""
+    """The digits in reading order, as indices into `digits()`."""
     cells: tuple[int, ...]
-    """The cell of each digit: 0 top left, 1 top right, 2 bottom left, 3 bottom right; ascending."""
-    augment: tuple[int, ...] | None = None
-    """Seed of the random shifts, rotations, scales and contrasts; None draws every digit upright and centred."""
+    """The cell of each digit, ascending: 0 top left, 1 top right, 2 bottom left, 3 bottom right."""
+    stray: tuple[int, ...] | None = None
+    """Seed of the digits' random turns, moves, sizes and ink; None draws them as they are."""
 
     def size(self) -> tuple[int, int]:
-        return IMAGE_SIZE, IMAGE_SIZE
+        return PICTURE, PICTURE
 
     def load(self) -> Image.Image:
-        rng = None if self.augment is None else np.random.default_rng(self.augment)
-        picture = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))
-        for image, cell in zip(self.images, self.cells, strict=True):
-            row, column = divmod(cell, IMAGE_SIZE // CELL)
-            picture.paste(_draw(digits()[0][image], rng), (column * CELL, row * CELL))
+        changes = np.tile(UNCHANGED, (len(self.images), 1))
+        if self.stray is not None:
+            changes = np.random.default_rng(self.stray).uniform(LEAST, MOST, changes.shape)
+        picture = Image.new("L", self.size())
+        for image, cell, change in zip(self.images, self.cells, changes, strict=True):
+            row, column = divmod(cell, PICTURE // CELL)
+            picture.paste(_drawn(digits()[0][image], *change), (column * CELL, row * CELL))
         return picture.convert("RGB")
 
 
-def _draw(glyph: np.ndarray, rng: np.random.Generator | None) -> Image.Image:
-    """One digit enlarged to a cell; with `rng`, moved, turned, resized and faded a little first."""
-    angle, zoom_x, zoom_y, shear, shift_x, shift_y, ink = (
-        (0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0) if rng is None else rng.uniform(*AUG)
-    )
-    # Pillow wants the inverse map: from a pixel of the cell to the place in the digit it shows.
-    shrink = GLYPH / CELL / ZOOM
-    a, b = shrink * cos(angle) / zoom_x, shrink * (sin(angle) + shear) / zoom_x
-    d, e = -shrink * sin(angle) / zoom_y, shrink * cos(angle) / zoom_y
-    x, y = CELL / 2 + shift_x, CELL / 2 + shift_y
-    inverse = (a, b, GLYPH / 2 - a * x - b * y, d, e, GLYPH / 2 - d * x - e * y)
-    source = Image.fromarray((glyph * ink).astype(np.uint8))
-    return source.transform((CELL, CELL), Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR)
+def _drawn(
+    glyph: np.ndarray, turn: float, slant: float, width: float, height: float, right: float, down: float, ink: float
+) -> Image.Image:
+    """One digit, enlarged to a cell."""
+    # Pillow wants the way back: (x, y) of the cell to the (x, y) of the glyph that is seen there.
+    shrink = GLYPH / CELL
+    a, b = shrink * cos(turn) / width, shrink * (sin(turn) + slant) / width
+    d, e = -shrink * sin(turn) / height, shrink * cos(turn) / height
+    x, y = CELL / 2 + right, CELL / 2 + down
+    back = (a, b, GLYPH / 2 - a * x - b * y, d, e, GLYPH / 2 - d * x - e * y)
+    faded = Image.fromarray((glyph * ink).astype(np.uint8))
+    return faded.transform((CELL, CELL), Image.Transform.AFFINE, back, Image.Resampling.BILINEAR)
 
 
 @dataclass(frozen=True)
 class DigitsSource:
-    """Questions about pictures of handwritten digits, and a few about numbers alone: a `Source` of any length."""
+    """A `Source`: questions about pictures of handwritten digits, and some about numbers alone.
+
+    It has as many samples as wanted; sample `index` depends on (`split`, `seed`, `index`) and nothing else. Only training
+    digits stray. Most samples have one picture of 1 to 4 digits, some have two pictures of one digit each, some none.
+    """
 
     split: Split
     samples: int
@@ -128,121 +124,122 @@ class DigitsSource:
 
     def __getitem__(self, index: int) -> RawSample:
         if not 0 <= index < self.samples:
-            raise DataError(f"sample {index} of the digits source, which has samples 0 to {self.samples - 1}")
-        key = (self.seed, SPLITS.index(self.split), index)
+            raise DataError(f"digits source: there is no sample {index}; it has samples 0 to {self.samples - 1}")
+        key = (self.seed, int(self.split == "held_out"), index)
         rng = np.random.default_rng(key)
         kind = rng.random()
         if kind < TEXT_ONLY:
-            return _sample(*_neighbour(rng), ())
+            return _neighbour(rng)
         if kind < TEXT_ONLY + TWO_PICTURES:
-            pictures = tuple(self._picture(rng, TWO_MOST, (*key, slot)) for slot in range(2))
-            question = READ_TWO[rng.integers(len(READ_TWO))]
+            questions, counts = [*READ_TWO], [1, 1]
         else:
-            pictures = (self._picture(rng, 4, (*key, 0)),)
-            question = READ_ONE[rng.integers(len(READ_ONE))]
+            questions, counts = [*READ_ONE], [int(rng.integers(1, 5))]
+        pictures = tuple(self._picture(rng, count, (*key, slot)) for slot, count in enumerate(counts))
         labels = digits()[1]
-        return _sample(question, " ".join(str(labels[i]) for p in pictures for i in p.images), pictures)
+        answer = " ".join(str(labels[image]) for picture in pictures for image in picture.images)
+        return _sample(questions[rng.integers(len(questions))], answer, pictures)
 
-    def _picture(self, rng: np.random.Generator, most: int, augment: tuple[int, ...]) -> Picture:
-        count = int(rng.integers(1, most + 1))
-        cells = np.sort(rng.permutation((IMAGE_SIZE // CELL) ** 2)[:count])
+    def _picture(self, rng: np.random.Generator, count: int, stray: tuple[int, ...]) -> Picture:
         images = rng.choice(split_images(self.split), count)
-        return Picture(tuple(images.tolist()), tuple(cells.tolist()), augment if self.split == "train" else None)
+        cells = np.sort(rng.permutation((PICTURE // CELL) ** 2)[:count])
+        return Picture(tuple(images.tolist()), tuple(cells.tolist()), stray if self.split == "train" else None)
 
 
-def _neighbour(rng: np.random.Generator) -> tuple[str, str]:
-    """A question about the number after or before another, and its one-digit answer."""
-    template, step = list(NEIGHBOURS.items())[rng.integers(len(NEIGHBOURS))]
-    answer = int(rng.integers(max(0, step), min(9, 9 + step) + 1))
-    return template.format(NUMBERS[answer - step]), str(answer)
+def _neighbour(rng: np.random.Generator) -> RawSample:
+    """A question without picture: which digit comes after (or before) another?"""
+    lower = int(rng.integers(9))
+    if rng.random() < 0.5:
+        return _sample(AFTER.format(NUMBERS[lower]), str(lower + 1))
+    return _sample(BEFORE.format(NUMBERS[lower + 1]), str(lower))
 
 
-def _sample(question: str, answer: str, pictures: tuple[Picture, ...]) -> RawSample:
-    content: list[dict[str, Any]] = [{"type": "image"} for _ in pictures]
-    content.append({"type": "text", "text": question})
-    messages = (
-        {"role": "user", "content": content},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    )
-    return RawSample(messages, pictures)
+def _sample(question: str, answer: str, pictures: tuple[Picture, ...] = ()) -> RawSample:
+    # The question comes first: from answer to picture it is then the same distance whatever the wording, which is learned sooner.
+    asked: list[dict[str, Any]] = [{"type": "text", "text": question}, *({"type": "image"} for _ in pictures)]
+    told = [{"type": "text", "text": answer}]
+    return RawSample(({"role": "user", "content": asked}, {"role": "assistant", "content": told}), pictures)
 
 
-def build_model_folder(path: str | PathLike[str], seed: int = 0) -> None:
-    """Write an untrained LLaVA (CLIP tower, Qwen3 language model) to `path`, with its tokenizer and processor.
+def build_model_folder(path: str | Path, seed: int = 0) -> None:
+    """Writes an untrained LLaVA (CLIP tower, Qwen3 language model), its tokenizer and its processor to the folder `path`.
 
-    It is an ordinary Hugging Face folder: `AutoModelForImageTextToText` and `AutoProcessor` load it. The weights are
-    seeded with `seed`; torch's global random state is left as it was.
+    An ordinary Hugging Face folder, which the Auto classes load. `seed` determines the weights; torch's global random state
+    stays as it is.
     """
     import torch
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # needs no torchvision
 
-    folder = Path(path)
     tokenizer = _tokenizer()
-    edge = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    edges = {"height": PICTURE, "width": PICTURE}
     processor = LlavaProcessor(
-        # Pillow's processor: torchvision is not needed.
-        image_processor=CLIPImageProcessorPil(size=edge, crop_size=edge, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        # Black becomes about 0 and ink varies by about 1: with CLIP's own statistics learning takes twice as long to set in.
+        image_processor=CLIPImageProcessorPil(size=edges, crop_size=edges, image_mean=[0.1] * 3, image_std=[0.3] * 3),
         tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # CLIP's class token, which the "default" strategy drops again
-        chat_template=BODY_MACRO + CHAT_TEMPLATE,
+        num_additional_image_tokens=1,  # CLIP's class token, which the strategy takes away again
+        chat_template=CHAT_TEMPLATE,
         image_token=IMAGE,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        LlavaForConditionalGeneration(model_config(tokenizer)).save_pretrained(folder)
-    processor.save_pretrained(folder)
+        LlavaForConditionalGeneration(_config(tokenizer)).save_pretrained(path)
+    processor.save_pretrained(path)
 
 
-def model_config(tokenizer: Any) -> Any:
-    """The demo model's `LlavaConfig`: three layers of width 96 in each module, heads that any `tp` up to 4 divides."""
+def _config(tokenizer: "PreTrainedTokenizerFast") -> "LlavaConfig":
+    """Three layers of width 96 in each module; `tp` 2 and 4 divide heads, widths and vocabulary."""
     from transformers import CLIPVisionConfig, LlavaConfig, Qwen3Config
 
+    vision = CLIPVisionConfig(
+        hidden_size=96,
+        intermediate_size=192,
+        projection_dim=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=PICTURE,
+        patch_size=PATCH,
+        initializer_range=0.2,  # with the factor: 0.1 for patches and positions
+        initializer_factor=0.5,
+    )
+    text = Qwen3Config(
+        vocab_size=-(-len(tokenizer) // 8) * 8,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        initializer_range=0.1,  # 1 / √96; Qwen3's 0.02 is for widths in the thousands
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
     return LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=96,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH,
-            projection_dim=96,
-        ),
-        text_config=Qwen3Config(
-            vocab_size=-(-len(tokenizer) // 8) * 8,
-            hidden_size=96,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=24,
-            max_position_embeddings=256,
-            initializer_range=0.1,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            tie_word_embeddings=False,
-        ),
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        image_seq_length=(IMAGE_SIZE // PATCH) ** 2,
-        vision_feature_layer=-1,
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.get_vocab()[IMAGE],
+        image_seq_length=(PICTURE // PATCH) ** 2,
+        vision_feature_layer=-1,  # LLaVA's -2 would leave the last layer without gradient
         tie_word_embeddings=False,
     )
 
 
-def _tokenizer() -> Any:
-    """A word-level tokenizer over the words that `DigitsSource` uses, lower case."""
+def _tokenizer() -> "PreTrainedTokenizerFast":
+    """A token for every word that `DigitsSource` writes, in lower case."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    normalizer, splitter = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    texts = (*READ_ONE, *READ_TWO, *NEIGHBOURS, *NUMBERS, " ".join("0123456789"))
-    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text.format("")))}
-    vocabulary = {token: number for number, token in enumerate((*SPECIALS, *sorted(words)))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    lower, split = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    written = " ".join((*READ_ONE, *READ_TWO, AFTER.format(""), BEFORE.format(""), *NUMBERS, *"0123456789"))
+    words = sorted({word for word, _ in split.pre_tokenize_str(lower.normalize_str(written))})
+    tokens = (PAD, UNKNOWN, IMAGE, END, USER, ASSISTANT, *words)
+    tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token=UNKNOWN))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = lower, split
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -250,3 +247,8 @@ def _tokenizer() -> Any:
         eos_token=END,
         extra_special_tokens={"image_token": IMAGE, "user_token": USER, "assistant_token": ASSISTANT},
     )
+
+
+if __name__ == "__main__":
+    build_model_folder(sys.argv[1])
+    print(f"wrote an untrained LLaVA for handwritten digits to {sys.argv[1]}")

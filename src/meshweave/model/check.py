@@ -1,12 +1,18 @@
 """Do the run file and the model fit together? Every mismatch, in one message, before anything starts."""
 
+import logging
+
+import torch
 from transformers import PreTrainedConfig
 
 from meshweave.config import LANGUAGE, RunConfig
 from meshweave.errors import ConfigError
 from meshweave.layout import placements
-from meshweave.model.families import tensor_plan
-from meshweave.model.modules import VISION
+from meshweave.model.blueprint import blueprint_of
+from meshweave.model.families import PROVEN, tensor_plans
+from meshweave.model.modules import VISION, graph_of
+
+logger = logging.getLogger(__name__)
 
 _DIVIDED_BY_TP = ("num_attention_heads", "num_key_value_heads", "num_heads", "intermediate_size")
 
@@ -24,39 +30,48 @@ def check_model(run: RunConfig, config: PreTrainedConfig) -> None:
 
     Raises:
         ConfigError: a module is missing or unknown, or `tp` does not divide what it must.
-        LayoutError: the sizes of a module are inconsistent.
+        LayoutError: the sizes of a module are inconsistent, the model cannot be cut into modules, or a module has no
+            tensor-parallel plan.
     """
-    placements(run)
-    wrong = []
-    known = {VISION: getattr(config, "vision_config", None), LANGUAGE: config.get_text_config()}
-    for name in run.modules:
-        if known.get(name) is None:
-            wrong.append(f"modules.{name}: a {config.model_type} model has no such module; it has {', '.join(known)}")
-    wrong += [
-        f"modules.{name}: missing; give this module of the {config.model_type} model ranks"
-        for name in known
-        if name not in run.modules
+    where = placements(run)
+    if getattr(config, "vision_config", None) is None:
+        raise ConfigError(f"model: {str(run.model)!r} holds a {config.model_type} model; meshweave trains image-text models")
+    try:
+        graph = graph_of(blueprint_of(config, torch.float32))
+    except ValueError as error:
+        raise ConfigError(f"model: transformers knows no image-text model of type {config.model_type!r}") from error
+    parts = {VISION: config.vision_config, LANGUAGE: config.get_text_config()}
+    wrong = [
+        f"modules.{name}: a {config.model_type} model has no such module; it has {', '.join(parts)}"
+        for name in run.modules
+        if name not in parts
     ]
-    for name, module in run.modules.items():
-        part = known.get(name)
-        if part is None or module.tp == 1:
+    wrong += [f"modules.{name}: missing; give this module of the model ranks" for name in parts if name not in run.modules]
+    for name, part in parts.items():
+        tp = where[name].layout.tp if name in where else 1
+        if tp == 1:
             continue
-        if tensor_plan(part) is None:
-            wrong.append(
-                f"modules.{name}.tp={module.tp}: there is no tensor-parallel plan for {part.model_type!r} models; set it to 1"
-            )
+        tensor_plans(graph, name)
         for key in _DIVIDED_BY_TP:
             size = getattr(part, key, None)
-            if isinstance(size, int) and size % module.tp:
-                wrong.append(
-                    f"modules.{name}.tp={module.tp}: does not divide {key}={size} of {part.model_type}; use a divisor of it"
-                )
+            if isinstance(size, int) and size % tp:
+                wrong.append(f"modules.{name}.tp={tp}: does not divide {key}={size} of {part.model_type}; use a divisor of it")
+        wrong += [
+            f"modules.{name}.tp={tp}: {key}={value} of {part.model_type}: dropout over tp is not built; set it to 0"
+            for key, value in part.to_dict().items()
+            if key.endswith(("dropout", "_pdrop")) and value
+        ]
     if wrong:
         raise ConfigError("\n".join(["the run file does not fit the model:", *(f"  {line}" for line in dict.fromkeys(wrong))]))
+    if config.model_type not in PROVEN:
+        logger.warning(
+            "%s models take the generic path, which no test covers; `meshweave verify --shrink` shows whether it holds",
+            config.model_type,
+        )
 
 
 def check_executable(run: RunConfig) -> None:
-    """Refuses what geometry knows but no executor runs yet, and batches too small for their lanes.
+    """Refuses what geometry knows but no executor runs yet, batches too small for their lanes, and a run folder that cannot be.
 
     Raises:
         ConfigError: naming every such key.
@@ -67,6 +82,10 @@ def check_executable(run: RunConfig) -> None:
         for axis, meaning in _NOT_BUILT.items()
         if getattr(module, axis) > 1
     ]
+    try:
+        run.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        wrong.append(f"output={str(run.output)!r}: cannot be created ({error.strerror}); choose a folder that can")
     lanes, train = run.modules[LANGUAGE].dp, run.train
     if train.batch_size < lanes * train.microbatches:
         wrong.append(

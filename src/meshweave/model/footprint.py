@@ -1,18 +1,16 @@
 """How much of a module does each rank hold? Parameters and bytes, from shapes and layouts alone."""
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
 from torch import nn
 
-from meshweave.config import LANGUAGE
-from meshweave.errors import LayoutError
 from meshweave.layout import Placement
-from meshweave.model.families import tensor_plan
+from meshweave.model.families import tensor_plans
+from meshweave.model.families.plan import matches
 from meshweave.model.modules import ModelGraph
 
 COPIES = 4
@@ -107,36 +105,14 @@ def _chunk(size: int, parts: int, index: int) -> int:
 
 
 def _split_dims(graph: ModelGraph, name: str) -> dict[str, int | None]:
-    """Full parameter name to the dim that `tp` splits, for the parameters that the plans name."""
+    """Full parameter name to the dim that `tp` splits, for the parameters that the plans split."""
     found: dict[str, int | None] = {}
-    planned = False
-    for child, module in graph.of_module(name).items():
-        config = getattr(module, "config", None)
-        plan = tensor_plan(config) if config is not None else None
-        if plan is not None:
-            planned = True
-            for key, parameter, style in _split(module, plan.rules):
-                found[f"{child}.{key}"] = _split_dim(parameter, style)
-    if not planned:
-        raise LayoutError(f"modules.{name}: there is no tensor-parallel plan for it; set tp to 1")
-    if name == LANGUAGE:
-        # A tied head is no parameter of its own, and the embedding stays whole.
-        head = graph.model.get_output_embeddings()
-        where = next(key for key, module in graph.model.named_modules() if module is head)
-        for key, parameter in head.named_parameters():
-            found[f"{where}.{key}"] = _split_dim(parameter, "colwise")
+    for child, plan in tensor_plans(graph, name).items():
+        for pattern, style in plan.rules.items():
+            for key, value in matches(graph.model.get_submodule(child), pattern) if style in SPLIT_DIMS else ():
+                if isinstance(value, nn.Parameter):
+                    found[f"{child}.{key}"] = _split_dim(value, style)
     return found
-
-
-def _split(module: nn.Module, rules: Mapping[str, str]) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """Parameters that a plan's rules split, named directly or by their module, with the rule's style."""
-    parameters = dict(module.named_parameters())
-    for pattern, style in rules.items():
-        if style in SPLIT_DIMS:
-            name_of = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
-            for key, parameter in parameters.items():
-                if name_of.fullmatch(key) or name_of.fullmatch(key.rpartition(".")[0]):
-                    yield key, parameter, style
 
 
 def _split_dim(parameter: nn.Parameter, style: str) -> int | None:

@@ -21,6 +21,9 @@ from meshweave.errors import LayoutError
 VISION = "vision"
 """Name of the module that encodes images."""
 
+_GIVEN = ("self", "pixel_values", "image_grid_thw")
+"""What an image encoder may ask for."""
+
 
 @dataclass(frozen=True)
 class ModelGraph:
@@ -53,7 +56,7 @@ def graph_of(model: PreTrainedModel) -> ModelGraph:
     Raises:
         LayoutError: the model has no separate encoder, or its encoders cannot be told apart.
     """
-    base = model.base_model
+    base: Any = model.base_model
     where = f"{type(model).__name__}"
     if base is model or not hasattr(base, "language_model") or not hasattr(base, "get_image_features"):
         raise LayoutError(
@@ -63,13 +66,28 @@ def graph_of(model: PreTrainedModel) -> ModelGraph:
         raise LayoutError(f"{where} has several encoders, which is not built yet")
     if "mm_encoder_outputs" not in inspect.signature(type(base).forward).parameters:
         raise LayoutError(f"{where}: its forward does not accept encoder outputs computed elsewhere (`mm_encoder_outputs`)")
+    needed = inspect.signature(base.get_image_features).parameters.values()
+    lacking = [p.name for p in needed if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in _GIVEN]
+    if lacking:
+        raise LayoutError(f"{where}: its image encoder also wants {', '.join(lacking)}, which is not built yet")
     prefix = model.base_model_prefix
     names = [name for name, child in base.named_children() if name != "language_model" and _has_parameters(child)]
     heads = [name for name, child in model.named_children() if child is not base and _has_parameters(child)]
-    return ModelGraph(
+    graph = ModelGraph(
         model,
         {VISION: tuple(f"{prefix}.{name}" for name in names), LANGUAGE: (f"{prefix}.language_model", *heads)},
     )
+    held = {name for module in graph.children for name in graph.parameters(module)}
+    loose = sorted(set(model.state_dict(keep_vars=True)) - held - tied_names(model))
+    if loose:
+        raise LayoutError(f"{where}: {', '.join(loose)} belongs to no module, which is not built yet")
+    return graph
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Second names of tied parameters: they are filled, and saved by transformers, under their first."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in model.named_parameters()}
 
 
 def media_widths(config: PreTrainedConfig) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.distributed.sharding_utils import DtensorShardOperation
 
 from meshweave.errors import CheckpointError
+from meshweave.model.modules import tied_names
 
 Read = Callable[[nn.Parameter | Tensor], Tensor]
 """Given a target parameter, returns the values of its local part."""
@@ -52,10 +53,11 @@ def fill_seeded(modules: Mapping[str, nn.Module], blueprint: PreTrainedModel, se
         modules: full name to (sharded, materialised) sub-module of the model.
         blueprint: the same model on the meta device, not sharded.
     """
+    tied = tied_names(blueprint)
     for prefix, module in modules.items():
         for name, unit in _units(blueprint.get_submodule(prefix), prefix):
             values = _initialised(blueprint, unit, name, seed)
-            _fill(module, prefix, {key: partial(local_part, full=value) for key, value in values.items()})
+            _fill(module, prefix, {key: partial(local_part, full=value) for key, value in values.items() if key not in tied})
 
 
 def fill_pretrained(modules: Mapping[str, nn.Module], blueprint: PreTrainedModel, folder: Path) -> None:
@@ -65,14 +67,15 @@ def fill_pretrained(modules: Mapping[str, nn.Module], blueprint: PreTrainedModel
         CheckpointError: no safetensors in the folder, a parameter is missing, has another shape, or the checkpoint needs a
             conversion other than renaming.
     """
-    sources = _checkpoint_sources(blueprint, folder)
+    sources, tied = _checkpoint_sources(blueprint, folder), tied_names(blueprint)
     for prefix, module in modules.items():
         for name, unit in _units(blueprint.get_submodule(prefix), prefix):
             buffers = _initialised(blueprint, unit, name, None)
             _fill(module, prefix, {key: partial(local_part, full=value) for key, value in buffers.items()})
         reads = {}
         for key, parameter in blueprint.get_submodule(prefix).named_parameters(prefix=prefix):
-            reads[key] = _reader(sources, key, tuple(parameter.shape), folder)
+            if key not in tied:
+                reads[key] = _reader(sources, key, tuple(parameter.shape), folder)
         _fill(module, prefix, reads)
 
 

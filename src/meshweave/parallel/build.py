@@ -9,11 +9,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig
 
 from meshweave.config import LANGUAGE, RunConfig
-from meshweave.errors import LayoutError
 from meshweave.layout import Placement
 from meshweave.model.blueprint import STORED, blueprint_of
-from meshweave.model.families import tensor_plan
-from meshweave.model.families.plan import TensorPlan
+from meshweave.model.families import tensor_plans
 from meshweave.model.modules import Encoder, LanguageModel, ModelGraph, graph_of
 from meshweave.model.weights import fill_pretrained, fill_seeded, materialise
 from meshweave.parallel.data import data_parallel
@@ -64,7 +62,10 @@ def build_model(
             continue
         module: nn.Module = LanguageModel(graph) if name == LANGUAGE else Encoder(graph, name)
         tp, dp = axis_mesh(meshes[name], "tp"), axis_mesh(meshes[name], "dp")
-        partial = _split_over_tp(graph, name, tp) if tp is not None else []
+        partial: list[str] = []
+        if tp is not None:
+            for child, plan in tensor_plans(graph, name).items():
+                partial += [f"{child}.{key}" for key in tensor_parallel(graph.model.get_submodule(child), tp, plan)]
         children = graph.of_module(name)
         compute = torch.bfloat16 if run.dtype == "bfloat16" else None
         assert dp is not None
@@ -77,23 +78,3 @@ def build_model(
             fill_pretrained(children, blueprint, run.model)
         modules[name] = LocalModule(name, module, graph.parameters(name), tuple(partial))
     return LocalModel(graph, modules)
-
-
-def _split_over_tp(graph: ModelGraph, name: str, mesh: DeviceMesh) -> list[str]:
-    """Applies the tensor-parallel plans of a module's sub-models; returns full names of parameters with partial gradients."""
-    partial = []
-    planned = False
-    for child, module in graph.of_module(name).items():
-        config = getattr(module, "config", None)
-        plan = tensor_plan(config) if config is not None else None
-        if plan is not None:
-            planned = True
-            partial += [f"{child}.{parameter}" for parameter in tensor_parallel(module, mesh, plan)]
-    if not planned:
-        raise LayoutError(f"modules.{name}: there is no tensor-parallel plan for it; set tp to 1")
-    head = graph.model.get_output_embeddings()
-    if name == LANGUAGE and head.weight is not graph.model.get_input_embeddings().weight:
-        # A tied head stays whole on every rank, as its embedding does.
-        where = next(key for key, module in graph.model.named_modules() if module is head)
-        tensor_parallel(graph.model, mesh, TensorPlan(rules={where: "colwise_gather_output"}))
-    return partial

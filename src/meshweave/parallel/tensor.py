@@ -3,19 +3,16 @@
 The only file that uses transformers' tensor-parallel machinery.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer, apply_tensor_parallelism
 
-from meshweave.errors import LayoutError
-from meshweave.model.families.plan import PACKED_QKV, PARTIAL_GRADIENT, TensorPlan
+from meshweave.model.families.plan import PACKED_QKV, PARTIAL_GRADIENT, TensorPlan, matches
 
 
 class _PackedQKV(TensorParallelLayer):
@@ -55,39 +52,19 @@ def tensor_parallel(module: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> li
 
     Returns the names of the parameters whose gradients are partial sums over `tp`: the caller sums them once per step.
     (transformers sums at every accumulation instead, which counts earlier microbatches again.)
-
-    Raises:
-        LayoutError: a rule of the plan matches nothing in the module.
     """
     concrete: dict[str, str] = {}
     partial: list[str] = []
     for pattern, style in plan.rules.items():
         if style in (PARTIAL_GRADIENT, PACKED_QKV):
-            partial += [name for name, found in _matches(module, pattern) if isinstance(found, nn.Parameter)]
+            partial += [name for name, found in matches(module, pattern) if isinstance(found, nn.Parameter)]
         if style != PARTIAL_GRADIENT:
             # Parameters are sharded before their module's forward is wrapped.
-            found = sorted((name for name, _ in _matches(module, pattern)), key=lambda name: -name.count("."))
+            found = sorted((name for name, _ in matches(module, pattern)), key=lambda name: -name.count("."))
             concrete.update(dict.fromkeys(found, style))
     apply_tensor_parallelism(module, mesh, concrete)  # type: ignore[arg-type]
     for pattern, attribute in plan.heads.items():
-        for _, owner in _matches(module, pattern):
+        for _, owner in matches(module, pattern):
             if isinstance(owner, nn.Module):
                 setattr(owner, attribute, getattr(owner, attribute) // mesh.size())
     return partial
-
-
-def _matches(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module | torch.Tensor]]:
-    """Modules named by `pattern`, with the parameters they own, or the parameter it names."""
-    name_of = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
-    found = False
-    for name, child in module.named_modules():
-        if name_of.fullmatch(name):
-            found = True
-            yield from ((f"{name}.{own}", parameter) for own, parameter in child.named_parameters(recurse=False))
-            yield name, child
-    for name, parameter in module.named_parameters():
-        if name_of.fullmatch(name):
-            found = True
-            yield name, parameter
-    if not found:
-        raise LayoutError(f"the tensor-parallel plan of {type(module).__name__} names {pattern!r}, which matches nothing in it")

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedConfig
 
 from meshweave.model.blueprint import STORED, blueprint_of
 from meshweave.model.modules import graph_of
@@ -37,6 +37,8 @@ def export_model(world: World, model: LocalModel, config: PreTrainedConfig, dtyp
         stock = AutoModelForImageTextToText.from_config(config, dtype=STORED[dtype])
     stock.load_state_dict(gathered, strict=False, assign=True)
     stock.tie_weights()
+    if (source / "generation_config.json").exists():
+        stock.generation_config = GenerationConfig.from_pretrained(source)
     stock.save_pretrained(folder)
     if any((source / file).exists() for file in ("processor_config.json", "preprocessor_config.json")):
         AutoProcessor.from_pretrained(source, backend="pil").save_pretrained(folder)

@@ -26,7 +26,7 @@ class Oracle:
         """Starts from `weights` by full parameter name, or from the run's model folder if None."""
         model: PreTrainedModel
         if weights is None:
-            model = AutoModelForImageTextToText.from_pretrained(run.model, dtype=dtype, attn_implementation="sdpa")
+            model = AutoModelForImageTextToText.from_pretrained(run.model, config=config, dtype=dtype, attn_implementation="sdpa")
         else:
             model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="sdpa").to(dtype)
             with torch.no_grad():

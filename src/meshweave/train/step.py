@@ -4,7 +4,8 @@ The boundary is crossed between phases, outside autograd: each side runs its own
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +74,7 @@ def run_step(
         for encoder, crossing in crossings.items():
             there, back = crossed[encoder]
             crossed[encoder] = (there + crossing.tokens_moved, back + (crossing.transpose().tokens_moved if backward else 0))
-        with torch.set_grad_enabled(backward):
+        with torch.set_grad_enabled(backward), _named_faults(world, f"microbatch {number}"):
             sums += _run_microbatch(model, plan, local, crossings, world, widths, dtype, backward)
     norms = torch.zeros(len(world.placements), dtype=torch.float64, device=world.device)
     if backward:
@@ -102,6 +103,16 @@ def finish_gradients(model: LocalModel, totals: Totals, max_grad_norm: float | N
     return True
 
 
+@contextmanager
+def _named_faults(world: World, action: str) -> Iterator[None]:
+    """Adds to any exception where it happened; inner actions first."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"on rank {world.rank}: {action}")
+        raise
+
+
 def _run_microbatch(
     model: LocalModel,
     plan: MicrobatchPlan,
@@ -119,26 +130,32 @@ def _run_microbatch(
         batch = local.media.get(encoder)
         if batch is not None:
             inputs = {name: _to_device(value, world.device, dtype) for name, value in batch.inputs.items()}
-            encoded[encoder] = torch.cat(model.modules[encoder].module(**inputs), dim=1), batch
+            with _named_faults(world, f"{encoder} forward"):
+                encoded[encoder] = torch.cat(model.modules[encoder].module(**inputs), dim=1), batch
         tokens = nothing if batch is None or batch.dummy else encoded[encoder][0].detach()
-        received[encoder] = transfer(crossing, tokens, world.rank)
+        with _named_faults(world, f"{encoder} → {LANGUAGE}"):
+            received[encoder] = transfer(crossing, tokens, world.rank)
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     if local.language is not None:
         for tokens in received.values():
             tokens.requires_grad_(backward)
-        loss, counts = _language_forward(model, plan, local.language, received, widths, world)
+        with _named_faults(world, f"{LANGUAGE} forward"):
+            loss, counts = _language_forward(model, plan, local.language, received, widths, world)
         if backward:
-            loss.backward()
+            with _named_faults(world, f"{LANGUAGE} backward"):
+                loss.backward()
         if world.leads_lane:
             sums = torch.stack([loss.detach().double(), *counts.unbind()])
     if backward:
         for encoder, crossing in crossings.items():
             gradient = received[encoder].grad
             # A lane without media, or a rank outside the language model, has no rows to send.
-            gradient = transfer(crossing.transpose(), nothing if gradient is None else gradient, world.rank)
+            with _named_faults(world, f"{LANGUAGE} → {encoder}"):
+                gradient = transfer(crossing.transpose(), nothing if gradient is None else gradient, world.rank)
             if encoder in encoded:
                 output, batch = encoded[encoder]
-                output.backward(torch.zeros_like(output) if batch.dummy else gradient)
+                with _named_faults(world, f"{encoder} backward"):
+                    output.backward(torch.zeros_like(output) if batch.dummy else gradient)
     return sums
 
 
@@ -155,7 +172,7 @@ def _language_forward(
     assert lane is not None
     media: tuple[Tensor, ...] = ()
     grids = None
-    for encoder, tokens in received.items():
+    for encoder, tokens in received.items():  # `graph_of` lets models with one encoder pass
         if len(tokens):
             media = tokens.split(widths, dim=1)
             found = [plan.items[encoder][number].meta.grid for number in plan.language_items(encoder)[lane]]

@@ -116,9 +116,13 @@ def evaluate(
     A sample is exact if every target token is the most likely one given those before it: what greedy decoding would write.
     """
     loader = build_loader(run, dataset, world, training=False)
+    for part in model.modules.values():
+        part.module.eval()
     results: list[Totals] = [
         run_step(model, step, world, widths, dtype, backward=False) for step in loader.steps(0, loader.steps_per_epoch)
     ]
+    for part in model.modules.values():
+        part.module.train()
     targets = sum(totals.targets for totals in results)
     return Evaluation(
         sum(totals.loss_sum for totals in results) / max(1, targets),

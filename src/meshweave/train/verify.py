@@ -1,5 +1,6 @@
 """Does a layout train the same model? Runs it beside the plain single-process model and reports the worst difference."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from meshweave.config import RunConfig
 from meshweave.data.dataset import Dataset
+from meshweave.data.loader import Loader, LocalStep
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import ConfigError
 from meshweave.model.blueprint import STORED
@@ -20,6 +22,7 @@ from meshweave.parallel.gather import whole
 from meshweave.train.data import build_datasets, build_loader
 from meshweave.train.optimizer import build_optimizer, build_schedule
 from meshweave.train.oracle import Oracle
+from meshweave.train.precision import full_precision
 from meshweave.train.step import Totals, finish_gradients, run_step
 from meshweave.train.world import World
 
@@ -80,6 +83,7 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
     if run.dtype == "float32":
         # AdamW turns the rounding of a near-zero gradient into a full-size step; this keeps the comparison about layouts.
         run = run.model_copy(update={"train": run.train.model_copy(update={"eps": max(run.train.eps, 1e-6)})})
+    config = _without_dropout(config)
     dtype = STORED[run.dtype]
     dataset: Dataset
     if run.data is None:
@@ -93,14 +97,17 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
     leads = [name for name, placement in world.placements.items() if placement.ranks[0] == world.rank]
     initial = _gather_initial(world, model) if run.weights == "seeded" else None
     oracle = Oracle(run, config, initial, dtype) if leads else None
-    loss, gradient = Worst(), Worst()
+    loss, gradient, drift = Worst(), Worst(), Worst()
     samples = items = 0
     for number in range(steps):
         step = loader.step(number)
-        totals = run_step(model, step, world, media_widths(config), dtype)
+        with full_precision(dtype):
+            totals = run_step(model, step, world, media_widths(config), dtype)
         gradients = _whole_values(model, gradients=True)
+        drift = max(drift, _replica_drift(world, gradients, number), key=lambda worst: worst.error)
         if oracle is not None:
-            expected_loss, targets, expected = oracle.backward(dataset, loader.sample_ids(number))
+            with full_precision(dtype):
+                expected_loss, targets, expected = oracle.backward(dataset, _readable(loader, number, step))
             loss = max(loss, _loss_error(totals, expected_loss, targets, number), key=lambda worst: worst.error)
             actual = {name: value / max(1, totals.targets) for name, value in gradients.items()}
             names = [name for lead in leads for name in model.modules[lead].parameters]
@@ -113,6 +120,7 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
         samples += totals.samples
         items += sum(len(found) for plan in step.plan.microbatches for found in plan.items.values())
     weights = _whole_values(model, gradients=False)
+    gradient = max(gradient, drift, key=lambda worst: worst.error)
     weight, compared = Worst(), 0
     if oracle is not None:
         names = [name for lead in leads for name in model.modules[lead].parameters]
@@ -120,6 +128,49 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
         weight = _worst(weights, oracle.parameters(), names, steps - 1)
     mine = VerifyReport(steps, run.dtype, TOLERANCES[run.dtype], loss, gradient, weight, compared, samples, items)
     return _combine(mine, world)
+
+
+def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Random masks differ between any two runs; the comparison is about everything else."""
+    config = copy.deepcopy(config)
+    for part in (config, config.vision_config, config.get_text_config()):
+        for key, value in part.to_dict().items():
+            if key.endswith(("dropout", "_pdrop")) and value:
+                setattr(part, key, 0.0)
+    return config
+
+
+def _replica_drift(world: World, values: Mapping[str, Tensor], step: int) -> Worst:
+    """The largest relative difference between the ranks that hold a parameter: replicas must not drift apart.
+
+    Compares norms and one fixed projection of every whole value, which costs two numbers a parameter.
+    """
+    if world.size == 1:
+        return Worst(step=step)
+    mine = {}
+    for name, value in values.items():
+        flat = value.double().flatten()
+        weights = torch.linspace(1, 2, flat.numel(), dtype=torch.float64, device=flat.device)
+        mine[name] = (float(flat.norm()), float(flat @ weights / flat.numel() ** 0.5))
+    everyone: list[dict[str, tuple[float, float]]] = [{}] * world.size
+    dist.all_gather_object(everyone, mine, group=world.data_group)
+    floor = _FLOOR * max((sum(norm**2 for norm, _ in theirs.values()) for theirs in everyone), default=0.0) ** 0.5
+    worst = Worst(step=step)
+    for rank, theirs in enumerate(everyone):
+        for name, (norm, projection) in theirs.items():
+            first_norm, first_projection = next(other[name] for other in everyone if name in other)
+            scale = max(first_norm, floor, 1e-300)
+            error = _finite(max(abs(norm - first_norm), abs(projection - first_projection)) / scale)
+            if error > worst.error:
+                worst = Worst(error, f"{name} (replica on rank {rank})", step)
+    return worst
+
+
+def _readable(loader: Loader, number: int, step: LocalStep) -> list[int]:
+    """The samples of a step in dataset order, less those that all ranks skip."""
+    ids = loader.sample_ids(number)
+    planned = {sample.sample for part in step.plan.microbatches for lane in part.lanes for sample in lane}
+    return [sample for sample in ids if sample in planned] if step.skipped else ids
 
 
 def _gather_initial(world: World, model: LocalModel) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Where does this process stand? Joins a world that a launcher made, or spawns a local one, and ends it cleanly."""
 
+import logging
 import os
 import pickle
 import subprocess
@@ -16,11 +17,14 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshweave.config import LANGUAGE, RunConfig
-from meshweave.errors import ConfigError, MeshweaveError
+from meshweave.errors import ConfigError, MeshweaveError, RankError
 from meshweave.layout import Placement, placements
 from meshweave.parallel.mesh import build_meshes
 
 Result = TypeVar("Result")
+
+# It warns of every process that it ends after another has failed; the failure itself is what matters.
+logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -53,18 +57,23 @@ def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result
 
     Raises:
         ConfigError: the world that is there, or the number of GPUs, does not fit the run file; before any process group exists.
-        MeshweaveError: what `work` raised on some rank.
+        MeshweaveError: what `work` raised on some rank; a `RankError` around it in a launched world.
     """
     _join_slurm()
     world = int(os.environ.get("WORLD_SIZE", "0"))
     if world:
+        if "RANK" not in os.environ:
+            raise ConfigError("WORLD_SIZE is set, but RANK is not; start with torchrun or srun, or unset WORLD_SIZE")
         if world != run.world_size:
             raise ConfigError(
                 f"the run file describes {run.world_size} ranks, but the launcher started {world}; "
                 "start that many, or change the modules' ranks (`idle_ranks` names ranks that shall do nothing)"
             )
         rank = int(os.environ["RANK"])
-        result = _with_process_group(run, work, rank, int(os.environ.get("LOCAL_RANK", rank)), "env://")
+        try:
+            result = _with_process_group(run, work, rank, int(os.environ.get("LOCAL_RANK", rank)), "env://")
+        except MeshweaveError as error:
+            raise RankError(f"rank {rank}: {error}") from error
         return result if rank == 0 else None
     gpus = torch.cuda.device_count()
     if gpus and run.world_size > gpus:
@@ -88,7 +97,8 @@ def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result
 
 
 def _local_rank(rank: int, run: RunConfig, work: Callable[[World, RunConfig], Any], folder: str) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // run.world_size))
+    # A fork does not copy OpenMP's threads: a child that asks for some hangs if the parent had started them.
+    torch.set_num_threads(1)
     try:
         result = _with_process_group(run, work, rank, rank, f"file://{folder}/store")
     except MeshweaveError as error:
@@ -110,17 +120,20 @@ def _with_process_group(
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    timeout = timedelta(seconds=run.timeout_seconds)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         init_method=init_method,
         rank=rank,
         world_size=run.world_size,
-        timeout=timedelta(seconds=run.timeout_seconds),
+        timeout=timeout,
+        # NCCL's communicator must exist before the boundary's first exchange, which not every rank takes part in.
+        device_id=device if cuda else None,
     )
     try:
         where = placements(run)
         meshes = build_meshes(where, device.type)
-        data_group = dist.new_group(backend="gloo") if run.world_size > 1 else None
+        data_group = dist.new_group(backend="gloo", timeout=timeout) if run.world_size > 1 else None
         world = World(rank, run.world_size, device, where, meshes, data_group, run.node_size)
         result = work(world, run)
         # A rank that leaves early now and then aborts the others.
@@ -131,15 +144,19 @@ def _with_process_group(
 
 
 def _join_slurm() -> None:
-    """Under `srun` with more than one task, sets the variables that torchrun would have set."""
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    """Under `srun` with more than one task, sets the variables that torchrun would have set.
+
+    A batch script outside `srun` is no task: it lacks SLURM_STEP_NUM_TASKS.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "WORLD_SIZE" in os.environ or tasks == 1 or "SLURM_PROCID" not in os.environ:
         return
     if "MASTER_ADDR" not in os.environ:
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_NODELIST"]
         shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
         os.environ["MASTER_ADDR"] = shown.stdout.split()[0]
-    os.environ.setdefault("MASTER_PORT", "29500")
+    # Jobs that share a node must not share a port.
+    os.environ.setdefault("MASTER_PORT", str(29500 + int(os.environ.get("SLURM_JOB_ID", "0")) % 10000))
     os.environ |= {
         "WORLD_SIZE": str(tasks),
         "RANK": os.environ["SLURM_PROCID"],

@@ -2,16 +2,50 @@
 
 from transformers import PreTrainedConfig
 
+from meshweave.config import LANGUAGE
+from meshweave.errors import LayoutError
 from meshweave.model.families import clip, qwen3_vl, siglip
-from meshweave.model.families.plan import TensorPlan
+from meshweave.model.families.plan import TensorPlan, matches
+from meshweave.model.modules import ModelGraph
 
 PLANS: dict[str, TensorPlan] = clip.PLANS | siglip.PLANS | qwen3_vl.PLANS
 """`model_type` of a sub-model to its tensor-parallel plan, where transformers has none."""
 
+PROVEN = frozenset({"llava", "qwen3_vl"})
+"""`model_type`s that the tests verify; others take the generic path."""
 
-def tensor_plan(config: PreTrainedConfig) -> TensorPlan | None:
-    """Plan of the sub-model with this config: ours, else transformers' own, else None."""
-    if config.model_type in PLANS:
-        return PLANS[config.model_type]
+HEAD_PLAN = TensorPlan(rules={"": "colwise_gather_output"})
+
+
+def tensor_plans(graph: ModelGraph, name: str) -> dict[str, TensorPlan]:
+    """Full name of a sub-model to its tensor-parallel plan, for one module with `tp` above 1.
+
+    Raises:
+        LayoutError: no sub-model has a plan, or a plan names something that is not there.
+    """
+    found = {}
+    for child, module in graph.of_module(name).items():
+        plan = _plan_of(getattr(module, "config", None))
+        if plan is not None:
+            found[child] = plan
+    if not found:
+        raise LayoutError(f"modules.{name}: there is no tensor-parallel plan for it; set its tp to 1")
+    head = graph.model.get_output_embeddings()
+    if name == LANGUAGE and head.weight is not graph.model.get_input_embeddings().weight:
+        # A tied head stays whole on every rank, as its embedding does.
+        found[next(key for key, module in graph.model.named_modules() if module is head)] = HEAD_PLAN
+    for child, plan in found.items():
+        for pattern in plan.rules:
+            if next(matches(graph.model.get_submodule(child), pattern), None) is None:
+                raise LayoutError(
+                    f"modules.{name}: the tensor-parallel plan of {child} names {pattern!r}, which is not there; set its tp to 1"
+                )
+    return found
+
+
+def _plan_of(config: PreTrainedConfig | None) -> TensorPlan | None:
+    """Ours, else transformers' own."""
+    if config is None:
+        return None
     rules = getattr(config, "base_model_tp_plan", None)
-    return TensorPlan(rules=rules) if rules else None
+    return PLANS.get(config.model_type) or (TensorPlan(rules=rules) if rules else None)

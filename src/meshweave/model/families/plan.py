@@ -1,7 +1,10 @@
 """How does a model split over `tp`? As data, next to the model it belongs to."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+
+from torch import nn
 
 PARTIAL_GRADIENT = "replicated_with_grad_allreduce"
 """Style of a replicated parameter that sees only this rank's heads (Qwen3's q_norm): its gradient is a partial sum over `tp`."""
@@ -18,3 +21,15 @@ class TensorPlan:
     """Module or parameter name, `*` for a layer number, to the name of a transformers style."""
     heads: Mapping[str, str] = field(default_factory=dict)
     """Module name to the attribute that counts its heads, where the forward reads it: it is divided by `tp`."""
+
+
+def matches(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+    """Modules that `pattern` names, each after its own parameters, and parameters that it names; the empty one is the root."""
+    name_of = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
+    for name, child in module.named_modules():
+        if name_of.fullmatch(name):
+            yield from child.named_parameters(prefix=name, recurse=False)
+            yield name, child
+    for name, parameter in module.named_parameters():
+        if name_of.fullmatch(name):
+            yield name, parameter

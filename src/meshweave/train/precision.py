@@ -1,0 +1,26 @@
+"""How is float64 kept float64? transformers' norms compute in float32, whatever the model's dtype."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _KeepFloat64(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        lowers = func is torch.Tensor.to and len(args) == 2 and args[1] is torch.float32
+        if lowers and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def full_precision(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Inside it, a float64 model's `x.to(torch.float32)` does nothing; no effect on other dtypes.
+
+    A comparison at 1e-9 needs it on both sides: differences of 1e-16 would now and then round to different float32 numbers.
+    """
+    return _KeepFloat64() if dtype == torch.float64 else nullcontext()
