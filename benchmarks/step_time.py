@@ -150,7 +150,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def main(
-    blocks: Annotated[int, typer.Option(help=f"Counted blocks of {BLOCK} steps.")] = 6,
+    blocks: Annotated[int, typer.Option(help=f"Counted blocks of {BLOCK} steps.")] = 5,
     width: Annotated[int, typer.Option(help="Hidden size of both modules.")] = 256,
     layers: Annotated[int, typer.Option(help="Layers of each module.")] = 4,
     batch_size: Annotated[int, typer.Option(help="Samples of a step.")] = 16,

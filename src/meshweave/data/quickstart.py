@@ -173,7 +173,7 @@ def build_model_folder(path: str | Path, seed: int = 0) -> None:
     tokenizer = _tokenizer()
     edges = {"height": PICTURE, "width": PICTURE}
     processor = LlavaProcessor(
-        # Black becomes about 0 and ink varies by about 1: with CLIP's own statistics learning takes twice as long to set in.
+        # Black becomes about 0 and ink varies by about 1: with black at -1 learning takes twice as long to set in.
         image_processor=CLIPImageProcessorPil(size=edges, crop_size=edges, image_mean=[0.1] * 3, image_std=[0.3] * 3),
         tokenizer=tokenizer,
         patch_size=PATCH,

@@ -173,10 +173,11 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: `[batch, length, vocabulary]`.
         labels: `[batch, length]`, not shifted, -100 where nothing is predicted.
     """
-    predicted = logits[:, :-1].flatten(0, 1)
-    if predicted.dtype in (torch.bfloat16, torch.float16):
-        predicted = predicted.float()
-    return functional.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    # The labels are shifted, not the logits, which would copy the largest tensor of the step.
+    target = functional.pad(labels[:, 1:], (0, 1), value=-100)
+    return functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum")
 
 
 def exact_samples(logits: Tensor, labels: Tensor) -> Tensor:
