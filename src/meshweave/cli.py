@@ -43,7 +43,7 @@ def train_command(run_file: RunFile, overrides: Overrides = None) -> None:
         run = load_config(run_file, overrides or ())
         config = read_model_config(run.model)
         check_model(run, config)
-        check_executable(run)
+        check_executable(run, config)
         build_datasets(run, config)  # what is wrong with the data shall show before processes start
         summary = launch(run, partial(train, config=config))
         if summary is not None:
@@ -87,10 +87,10 @@ def verify_command(
         run = load_config(run_file, [*(overrides or ()), f"dtype={dtype}"])
         config = read_model_config(run.model)
         check_model(run, config)
-        check_executable(run)
         if shrunk:
             config = shrink(config)
             run = run.model_copy(update={"weights": "seeded", "data": None})
+        check_executable(run, config)
         if run.data is not None:
             build_datasets(run, config)
         report = launch(run, partial(verify, config=config, steps=steps))

@@ -153,12 +153,34 @@ def test_layouts_that_cannot_run_are_refused_with_the_key(modules: Any, expected
     [
         ("output=/proc/nothing", "output='/proc/nothing': cannot be created"),
         ("train=", "train: expected keys with values, got None"),
+        ("data.samples=5", "the data holds 5 samples, a step takes 6"),
     ],
 )
 def test_what_only_shows_later_is_refused_early(override: str, expected: str, tmp_path: Path) -> None:
     code, output = run("train", str(write_run(tmp_path)), "--set", override)
     assert code == 2, output
     assert expected in output
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "other shape"])
+def test_weights_that_do_not_fit_are_refused_before_a_process_starts(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meshweave.train.world.launch", lambda *a: pytest.fail("a process would have started"))
+    file = write_run(tmp_path)
+    weights = tmp_path / "model" / "model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        config = CONFIGS["llava"]()
+        config.text_config.vocab_size = 104
+        config.save_pretrained(tmp_path / "model")
+    code, output = run("train", str(file))
+    assert code == 2, output
+    expected = {"missing": "no *.safetensors file", "cut": "not readable as safetensors", "other shape": "has shape (96, 32)"}
+    assert expected[damage] in output
 
 
 def test_a_model_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A run trains, logs, evaluates, exports; and ends with one message when it cannot."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from meshweave.errors import CheckpointError, ConfigError, DataError
 from meshweave.model.blueprint import read_model_config
 from meshweave.report.summary import Summary
 from meshweave.train.trainer import train
-from meshweave.train.world import World, launch
+from meshweave.train.world import World, _join_slurm, launch
 
 
 def run_of(tmp_path: Path, **changes: Any) -> RunConfig:
@@ -124,6 +125,21 @@ def test_a_launched_world_of_the_wrong_size_is_refused(tmp_path: Path, monkeypat
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="describes 2 ranks, but the launcher started 8"):
         launch(run_of(tmp_path), lambda world, run: None)
+
+
+def test_slurm_tasks_become_ranks_and_a_batch_script_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_PROCID", "5")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    _join_slurm()
+    assert "WORLD_SIZE" not in os.environ
+    for name, value in {"STEP_NUM_TASKS": "8", "LOCALID": "1", "JOB_ID": "123456"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    _join_slurm()
+    assert [os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")] == ["8", "5", "1", "32956"]
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:

@@ -67,6 +67,12 @@ class LocalStep:
     microbatches: tuple[LocalMicrobatch, ...]
 
 
+def require_full_step(dataset: Dataset, batch_size: int) -> None:
+    """Raises `DataError` if the dataset is smaller than one step."""
+    if len(dataset) < batch_size:
+        raise DataError(f"the data holds {len(dataset)} samples, a step takes {batch_size}; lower `train.batch_size`")
+
+
 class Loader:
     """Prepares any step of a training run from its number alone, so a resumed run reads the same samples.
 
@@ -101,8 +107,8 @@ class Loader:
         on_error: Literal["skip", "stop"] = "skip",
         drop_last: bool = True,
     ) -> None:
-        if len(dataset) < (batch_size if drop_last else 1):
-            raise DataError(f"the data holds {len(dataset)} samples, a step takes {batch_size}; lower the batch size")
+        if drop_last or not len(dataset):
+            require_full_step(dataset, batch_size)
         self.dataset, self.batch_size, self.microbatches = dataset, batch_size, microbatches
         self.language_lanes, self.encoder_lanes = language_lanes, dict(encoder_lanes)
         self.language_lane, self.encoder_lane = language_lane, dict(encoder_lane)

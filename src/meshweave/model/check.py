@@ -11,6 +11,7 @@ from meshweave.layout import placements
 from meshweave.model.blueprint import blueprint_of
 from meshweave.model.families import PROVEN, tensor_plans
 from meshweave.model.modules import VISION, graph_of
+from meshweave.model.weights import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +71,13 @@ def check_model(run: RunConfig, config: PreTrainedConfig) -> None:
         )
 
 
-def check_executable(run: RunConfig) -> None:
-    """Refuses what geometry knows but no executor runs yet, batches too small for their lanes, and a run folder that cannot be.
+def check_executable(run: RunConfig, config: PreTrainedConfig) -> None:
+    """Refuses what geometry knows but no executor runs yet, batches too small for their lanes, a run folder that cannot be, and
+    weights that are missing or do not fit.
 
     Raises:
         ConfigError: naming every such key.
+        CheckpointError: the model folder's safetensors do not hold the model.
     """
     wrong = [
         f"modules.{name}.{axis}={getattr(module, axis)}: {meaning} is not built yet; set it to 1"
@@ -94,3 +97,5 @@ def check_executable(run: RunConfig) -> None:
         )
     if wrong:
         raise ConfigError("\n".join(["this run cannot start:", *(f"  {line}" for line in wrong)]))
+    if run.weights == "pretrained":
+        check_weights(blueprint_of(config, torch.float32), run.model)

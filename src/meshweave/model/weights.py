@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -77,6 +77,19 @@ def fill_pretrained(modules: Mapping[str, nn.Module], blueprint: PreTrainedModel
             if key not in tied:
                 reads[key] = _reader(sources, key, tuple(parameter.shape), folder)
         _fill(module, prefix, reads)
+
+
+def check_weights(blueprint: PreTrainedModel, folder: Path) -> None:
+    """Checks names and shapes of a model folder's safetensors against the model, reading headers only.
+
+    Raises:
+        CheckpointError: as `fill_pretrained`.
+    """
+    sources = _checkpoint_sources(blueprint, folder)
+    for key, parameter in blueprint.named_parameters():
+        file, stored = _source(sources, key, tuple(parameter.shape), folder)
+        with safe_open(file, framework="pt") as handle:
+            _slice(handle, file, stored, tuple(parameter.shape))
 
 
 def local_part(target: Tensor, full: Any) -> Tensor:
@@ -168,25 +181,37 @@ def _checkpoint_sources(blueprint: PreTrainedModel, folder: Path) -> dict[str, t
     for file in files:
         if not file.exists():
             raise CheckpointError(f"{file}: named in {index.name}, but missing")
-        with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 - not a dict
-                renamed, converted = rename_source_key(key, renamings, converters, blueprint.base_model_prefix, expected)
-                if converted is not None and renamed in expected:
-                    raise CheckpointError(f"{file}: {key} needs a weight conversion, which is not built yet; only renaming is")
-                sources[renamed] = (file, key)
+        try:
+            with safe_open(file, framework="pt") as handle:
+                keys = list(handle.keys())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: not readable as safetensors ({error})") from error
+        for key in keys:
+            renamed, converted = rename_source_key(key, renamings, converters, blueprint.base_model_prefix, expected)
+            if converted is not None and renamed in expected:
+                raise CheckpointError(f"{file}: {key} needs a weight conversion, which is not built yet; only renaming is")
+            sources[renamed] = (file, key)
     return sources
 
 
-def _reader(sources: Mapping[str, tuple[Path, str]], name: str, shape: tuple[int, ...], folder: Path) -> Read:
+def _source(sources: Mapping[str, tuple[Path, str]], name: str, shape: tuple[int, ...], folder: Path) -> tuple[Path, str]:
     if name not in sources:
         raise CheckpointError(f"{folder}: no tensor for {name} (shape {shape}) in its safetensors")
+    return sources[name]
+
+
+def _slice(handle: Any, file: Path, key: str, shape: tuple[int, ...]) -> Any:
+    found = handle.get_slice(key)
+    if tuple(found.get_shape()) != shape:
+        raise CheckpointError(f"{file}: {key} has shape {tuple(found.get_shape())}, the model's config says {shape}")
+    return found
+
+
+def _reader(sources: Mapping[str, tuple[Path, str]], name: str, shape: tuple[int, ...], folder: Path) -> Read:
+    file, key = _source(sources, name, shape, folder)
 
     def read(target: nn.Parameter | Tensor) -> Tensor:
-        file, key = sources[name]
         with safe_open(file, framework="pt") as handle:
-            source = handle.get_slice(key)
-            if tuple(source.get_shape()) != shape:
-                raise CheckpointError(f"{file}: {key} has shape {tuple(source.get_shape())}, the model's config says {shape}")
-            return local_part(target, source)
+            return local_part(target, _slice(handle, file, key, shape))
 
     return read

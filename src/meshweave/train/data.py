@@ -6,7 +6,7 @@ from transformers import AutoProcessor, PreTrainedConfig
 
 from meshweave.config import LANGUAGE, DataConfig, RunConfig
 from meshweave.data.dataset import Dataset, Source
-from meshweave.data.loader import Loader
+from meshweave.data.loader import Loader, require_full_step
 from meshweave.data.processed import ProcessedDataset
 from meshweave.data.quickstart import DigitsSource
 from meshweave.data.sources.llava_json import LlavaJson
@@ -20,17 +20,23 @@ def build_datasets(run: RunConfig, config: PreTrainedConfig) -> tuple[Dataset, D
 
     Raises:
         ConfigError: the run file names no data.
-        DataError: a data file cannot be read.
+        DataError: a data file cannot be read, or there are fewer training samples than a step takes.
     """
     if run.data is None:
         raise ConfigError("data: missing; a run that trains needs to know what to read")
     data = run.data
+    training: Dataset
+    held_out: Dataset | None
     if data.source == "synthetic":
+        training = SyntheticDataset(config, data.samples or run.train.batch_size * run.train.steps, run.seed)
         held_out = SyntheticDataset(config, data.eval_samples, run.seed + 1) if data.eval_samples else None
-        return SyntheticDataset(config, data.samples or run.train.batch_size * run.train.steps, run.seed), held_out
-    processor = _processor(run)
-    source, held_out_source = _sources(data, run.train.batch_size * run.train.steps)
-    return ProcessedDataset(source, processor), ProcessedDataset(held_out_source, processor) if held_out_source else None
+    else:
+        processor = _processor(run)
+        source, held_out_source = _sources(data, run.train.batch_size * run.train.steps)
+        training = ProcessedDataset(source, processor)
+        held_out = ProcessedDataset(held_out_source, processor) if held_out_source else None
+    require_full_step(training, run.train.batch_size)
+    return training, held_out
 
 
 def _sources(data: DataConfig, needed: int) -> tuple[Source, Source | None]:
