@@ -164,7 +164,7 @@ def test_what_is_over_after_the_last_full_batch_is_dropped_or_makes_a_small_step
     dropped, kept = (loader(Ragged(20), grouped=False, drop_last=drop) for drop in (True, False))
     assert (dropped.steps_per_epoch, kept.steps_per_epoch) == (1, 2)
     assert len(kept.sample_ids(1)) == 4
-    with pytest.raises(DataError, match="holds 20 samples, a step takes 21; lower `train.batch_size`"):
+    with pytest.raises(DataError, match=r"holds 20 samples, a step takes 21; lower `train\.batch_size`"):
         loader(Ragged(20), grouped=False, batch_size=21)
 
 

@@ -9,6 +9,7 @@ from transformers import (
     CLIPVisionConfig,
     LlavaConfig,
     PreTrainedConfig,
+    Qwen2_5_VLConfig,
     Qwen3Config,
     Qwen3VLConfig,
     SiglipVisionConfig,
@@ -96,7 +97,36 @@ def qwen3_vl(*, tied: bool = False) -> PreTrainedConfig:
     )
 
 
-CONFIGS = {"llava": llava, "llava_siglip": llava_siglip, "qwen3_vl": qwen3_vl}
+def qwen2_5_vl() -> PreTrainedConfig:
+    """M-RoPE, fused query-key-value and window attention in the tower, biases in the language model."""
+    return Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "patch_size": 4,
+            "out_hidden_size": 32,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        },
+        text_config={
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
+        },
+        image_token_id=5,
+        video_token_id=6,
+        vision_start_token_id=7,
+        vision_end_token_id=8,
+    )
+
+
+CONFIGS = {"llava": llava, "llava_siglip": llava_siglip, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
 
 
 def write_model_folder(config: PreTrainedConfig, folder: Path, *, weights: bool = False) -> Path:

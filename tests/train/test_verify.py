@@ -101,6 +101,12 @@ def test_a_layout_pair_equals_the_single_process_in_float32(family: str, pair: s
     assert report.passed, report
 
 
+@pytest.mark.parametrize("pair", ["vision dp4, language tp2 dp2", "vision tp2 dp2, language dp4", "homogeneous tp4"])
+def test_window_attention_and_gated_towers_equal_the_single_process(pair: str, tmp_path: Path) -> None:
+    report = verified(run_of(write_model_folder(CONFIGS["qwen2_5_vl"](), tmp_path), *PAIRS[pair]), steps=2)
+    assert report.passed, report
+
+
 @pytest.mark.parametrize("family", ["llava", "llava_siglip", "qwen3_vl"])
 def test_pretrained_weights_train_as_from_pretrained_would_load_them(family: str, tmp_path: Path) -> None:
     folder = write_model_folder(CONFIGS[family](), tmp_path, weights=True)

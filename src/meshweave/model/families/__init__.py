@@ -4,14 +4,14 @@ from transformers import PreTrainedConfig
 
 from meshweave.config import LANGUAGE
 from meshweave.errors import LayoutError
-from meshweave.model.families import clip, qwen3_vl, siglip
+from meshweave.model.families import clip, qwen2_5_vl, qwen3_vl, siglip
 from meshweave.model.families.plan import TensorPlan, matches
 from meshweave.model.modules import ModelGraph
 
-PLANS: dict[str, TensorPlan] = clip.PLANS | siglip.PLANS | qwen3_vl.PLANS
+PLANS: dict[str, TensorPlan] = clip.PLANS | siglip.PLANS | qwen2_5_vl.PLANS | qwen3_vl.PLANS
 """`model_type` of a sub-model to its tensor-parallel plan, where transformers has none."""
 
-PROVEN = frozenset({"llava", "qwen3_vl"})
+PROVEN = frozenset({"llava", "qwen2_5_vl", "qwen3_vl"})
 """`model_type`s that the tests verify; others take the generic path."""
 
 HEAD_PLAN = TensorPlan(rules={"": "colwise_gather_output"})

@@ -1,0 +1,38 @@
+"""Model FLOPs are those that torch counts in a forward of the stock model."""
+
+import pytest
+import torch
+from support.models import CONFIGS
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText
+
+from meshweave.config import LANGUAGE
+from meshweave.data.synthetic import SyntheticDataset
+from meshweave.model.flops import count_flops
+from meshweave.model.modules import VISION, graph_of
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_counted_flops_are_torchs(family: str, index: int) -> None:
+    config = CONFIGS[family]()
+    if family == "llava":
+        config.vision_feature_layer = -1
+    # Eager attention: its matrix products are visible to the counter.
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    dataset = SyntheticDataset(config, 8, most_images=3)
+    meta = dataset.meta(index)
+    inputs = {"input_ids": dataset.text(index)[0][None]}
+    media = [dataset.media(index, slot) for slot in range(len(meta.media))]
+    if media:
+        inputs |= {key: torch.cat([item[key] for item in media]) for key in media[0]}
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == config.image_token_id).int()
+    if family == "llava":
+        inputs.pop("mm_token_type_ids", None)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    graph = graph_of(model)
+    expected = count_flops(graph, LANGUAGE).sample(meta.tokens)
+    expected += sum(count_flops(graph, VISION).item(item) for item in meta.media)
+    # What is left out: rotary angles, CLIP's class token.
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.06)

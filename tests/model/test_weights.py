@@ -1,0 +1,88 @@
+"""Parameters and buffers come out as transformers has them, from one file or many, under any key names it knows."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.models import CONFIGS, write_model_folder
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from meshweave.errors import CheckpointError
+from meshweave.model.blueprint import blueprint_of, read_model_config
+from meshweave.model.modules import graph_of
+from meshweave.model.weights import check_weights, fill_pretrained, fill_seeded, materialise
+
+
+def filled(folder: Path, seed: int | None) -> PreTrainedModel:
+    config = read_model_config(folder)
+    graph = graph_of(blueprint_of(config, torch.float32))
+    modules = {name: part for module in graph.children for name, part in graph.of_module(module).items()}
+    materialise({"": graph.model}, torch.device("cpu"))
+    blueprint = blueprint_of(config, torch.float32)
+    if seed is None:
+        fill_pretrained(modules, blueprint, folder)
+    else:
+        fill_seeded(modules, blueprint, seed)
+    return graph.model
+
+
+def assert_same(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
+    buffers = dict(theirs.named_buffers())
+    assert dict(ours.named_buffers()).keys() == buffers.keys()
+    for name, buffer in ours.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(ours.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("shard", ["5GB", "40KB"])
+def test_a_folder_loads_as_from_pretrained_loads_it(family: str, shard: str, tmp_path: Path) -> None:
+    write_model_folder(CONFIGS[family](), tmp_path / "one", weights=True)
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "one", dtype=torch.float32)
+    stock.save_pretrained(tmp_path / "many", max_shard_size=shard)
+    assert (len(list((tmp_path / "many").glob("*.safetensors"))) > 1) == (shard == "40KB")
+    assert_same(filled(tmp_path / "many", None), stock)
+
+
+def test_the_key_names_of_older_llava_checkpoints_are_understood(tmp_path: Path) -> None:
+    write_model_folder(CONFIGS["llava"](), tmp_path, weights=True)
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
+    tensors = {}
+    for name, value in stock.state_dict().items():
+        old = name.replace("model.language_model.", "language_model.model.").replace("model.multi_modal", "multi_modal")
+        old = old.replace("lm_head", "language_model.lm_head").replace("model.vision_tower.", "vision_tower.vision_model.")
+        tensors[old] = value.contiguous()
+    assert "language_model.model.embed_tokens.weight" in tensors
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_same(filled(tmp_path, None), AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32))
+    assert_same(filled(tmp_path, None), stock)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_seed_gives_transformers_initialisation_scale_and_buffers(family: str, tmp_path: Path) -> None:
+    folder = write_model_folder(CONFIGS[family](), tmp_path)
+    first, again, other = (filled(folder, seed) for seed in (0, 0, 1))
+    assert_same(first, again)
+    stock = AutoModelForImageTextToText.from_config(read_model_config(folder), dtype=torch.float32)
+    for name, buffer in stock.named_buffers():
+        assert torch.equal(dict(first.named_buffers())[name], buffer), name
+    changed = 0
+    for name, parameter in stock.named_parameters():
+        ours = first.get_parameter(name)
+        assert ours.std().item() == pytest.approx(parameter.std().item(), rel=0.35, abs=1e-6), name
+        changed += not torch.equal(ours, other.get_parameter(name))
+    assert changed > 10
+
+
+def test_what_a_folder_lacks_is_named(tmp_path: Path) -> None:
+    folder = write_model_folder(CONFIGS["llava"](), tmp_path, weights=True)
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(name for name in tensors if "mlp.fc1.bias" in name)
+    del tensors[lost]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"no tensor for model\.vision_tower\.encoder\.layers\.\d\.mlp\.fc1\.bias \(shape \(64,\)\)"
+    ):
+        check_weights(blueprint_of(CONFIGS["llava"](), torch.float32), folder)
