@@ -15,6 +15,17 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+QWEN_VL_TOKENS = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
+
+QWEN_VL_TEXT = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
+}
+
 
 def _qwen3(**changes: Any) -> Qwen3Config:
     return Qwen3Config(
@@ -79,20 +90,8 @@ def qwen3_vl(*, tied: bool = False) -> PreTrainedConfig:
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1],
         },
-        text_config={
-            "vocab_size": 96,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "head_dim": 8,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
-        },
-        image_token_id=5,
-        video_token_id=6,
-        vision_start_token_id=7,
-        vision_end_token_id=8,
+        text_config=QWEN_VL_TEXT | {"num_hidden_layers": 3, "head_dim": 8},
+        **QWEN_VL_TOKENS,
         tie_word_embeddings=tied,
     )
 
@@ -110,19 +109,8 @@ def qwen2_5_vl() -> PreTrainedConfig:
             "window_size": 16,
             "fullatt_block_indexes": [1],
         },
-        text_config={
-            "vocab_size": 96,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
-        },
-        image_token_id=5,
-        video_token_id=6,
-        vision_start_token_id=7,
-        vision_end_token_id=8,
+        text_config=QWEN_VL_TEXT | {"num_hidden_layers": 2},
+        **QWEN_VL_TOKENS,
     )
 
 
