@@ -1,7 +1,7 @@
 """Which sample and which media item goes where? From metadata alone, the same answer on every rank."""
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -74,45 +74,86 @@ class MicrobatchPlan:
 
 
 @dataclass(frozen=True)
+class EncoderPasses:
+    """How one encoder works through a step."""
+
+    per_pass: int = 1
+    """Consecutive microbatches that one pass serves; their items are balanced together."""
+    shares: tuple[tuple[float, ...], ...] | None = None
+    """Pass → encoder lane → its share of the pass, relative to an even one; 0 keeps the lane out. None is even throughout."""
+
+
+EVEN = EncoderPasses()
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """Everything one optimiser step reads and where it goes."""
 
     microbatches: tuple[MicrobatchPlan, ...]
+    per_pass: Mapping[str, int]
+    """Encoder → microbatches that one of its passes serves."""
+
+    def passes(self, encoder: str) -> tuple[tuple[MicrobatchPlan, ...], ...]:
+        """The microbatches of each pass of an encoder."""
+        size = self.per_pass[encoder]
+        return tuple(self.microbatches[first : first + size] for first in range(0, len(self.microbatches), size))
 
     def __str__(self) -> str:
         return "\n".join(f"microbatch {number}: {plan}" for number, plan in enumerate(self.microbatches))
 
 
 def plan_step(
-    samples: Sequence[SampleMeta], *, microbatches: int, language_lanes: int, encoder_lanes: Mapping[str, int]
+    samples: Sequence[SampleMeta],
+    *,
+    microbatches: int,
+    language_lanes: int,
+    encoder_lanes: Mapping[str, int],
+    passes: Mapping[str, EncoderPasses] | None = None,
 ) -> StepPlan:
     """Place the samples of one step, and their media items, on microbatches and lanes.
 
     Samples fill the slots (microbatch, lane) in equal counts (± 1), the longest first onto the shortest slot.
-    Media items are then balanced over each encoder's lanes, wherever their sample went. The same arguments
-    give the same plan on every machine. Raises `LayoutError` for a media item whose module has no lanes.
+    Media items are then balanced over each encoder's lanes, wherever their sample went: pass by pass, or, where `passes` gives
+    lanes unequal shares, so that the shares hold over the step so far. The same arguments give the same plan on every machine.
+
+    Raises `LayoutError` for a media item whose module has no lanes.
     """
+    passes = {name: (passes or {}).get(name, EVEN) for name in encoder_lanes}
     slots = _fill_slots(samples, microbatches * language_lanes)
+    lanes = [tuple(slots[first : first + language_lanes]) for first in range(0, microbatches * language_lanes, language_lanes)]
+    items = [_items(its, encoder_lanes) for its in lanes]
+    assigned = {name: _assign([found[name] for found in items], count, passes[name]) for name, count in encoder_lanes.items()}
     return StepPlan(
         tuple(
-            _plan_microbatch(slots[first : first + language_lanes], encoder_lanes)
-            for first in range(0, microbatches * language_lanes, language_lanes)
-        )
+            MicrobatchPlan(its, found, {name: assigned[name][number] for name in encoder_lanes})
+            for number, (its, found) in enumerate(zip(lanes, items, strict=True))
+        ),
+        {name: each.per_pass for name, each in passes.items()},
     )
 
 
-def balance(costs: Sequence[float], lanes: int) -> tuple[tuple[int, ...], ...]:
-    """Share items out to lanes: the most expensive first, each onto the lane with the least load so far.
+def balance(
+    costs: Sequence[float], weights: Sequence[float], loads: Sequence[float] | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """Share items out to lanes: the most expensive first, each onto the lane with the least load so far for its weight.
 
-    Returns each lane's item numbers, ascending. The heaviest lane carries at most 4/3 - 1/(3 · lanes) of the
-    best possible (Graham 1969, "Bounds on multiprocessing timing anomalies").
+    Args:
+        weights: of each lane; one of weight 0 gets nothing.
+        loads: what lanes carry already; nothing if left out.
+
+    Returns each lane's item numbers, ascending. With equal weights and no loads, the heaviest lane carries at most
+    4/3 - 1/(3 · lanes) of the best possible (Graham 1969, "Bounds on multiprocessing timing anomalies").
     """
-    assigned: list[list[int]] = [[] for _ in range(lanes)]
-    heap = [(0.0, lane) for lane in range(lanes)]  # sorted, hence a heap
+    assigned: list[list[int]] = [[] for _ in weights]
+    carried = list(loads) if loads is not None else [0.0] * len(weights)
+    heap = [(carried[lane] / weight, -weight, lane) for lane, weight in enumerate(weights) if weight]
+    heapq.heapify(heap)
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
-        load, lane = heap[0]
+        lane = heap[0][2]
         assigned[lane].append(item)
-        heapq.heapreplace(heap, (load + costs[item], lane))
+        carried[lane] += costs[item]
+        heapq.heapreplace(heap, (carried[lane] / weights[lane], -weights[lane], lane))
     return tuple(tuple(sorted(items)) for items in assigned)
 
 
@@ -130,8 +171,9 @@ def _fill_slots(samples: Sequence[SampleMeta], slots: int) -> list[tuple[SampleM
     return [tuple(slot) for slot in chosen]
 
 
-def _plan_microbatch(lanes: Sequence[tuple[SampleMeta, ...]], encoder_lanes: Mapping[str, int]) -> MicrobatchPlan:
-    items: dict[str, list[MediaItem]] = {module: [] for module in encoder_lanes}
+def _items(lanes: Sequence[tuple[SampleMeta, ...]], encoders: Iterable[str]) -> dict[str, tuple[MediaItem, ...]]:
+    """Encoder → the items of one microbatch in destination order."""
+    items: dict[str, list[MediaItem]] = {module: [] for module in encoders}
     for lane in lanes:
         for sample in lane:
             for slot, meta in enumerate(sample.media):
@@ -141,10 +183,23 @@ def _plan_microbatch(lanes: Sequence[tuple[SampleMeta, ...]], encoder_lanes: Map
                         f"lanes (encoders: {', '.join(items) or 'none'}); add it under `modules:`"
                     )
                 items[meta.module].append(MediaItem(sample.sample, slot, meta))
-    return MicrobatchPlan(
-        lanes=tuple(lanes),
-        items={module: tuple(found) for module, found in items.items()},
-        encoder_lanes={
-            module: balance([item.meta.cost for item in found], encoder_lanes[module]) for module, found in items.items()
-        },
-    )
+    return {module: tuple(found) for module, found in items.items()}
+
+
+def _assign(items: Sequence[Sequence[MediaItem]], lanes: int, passes: EncoderPasses) -> list[tuple[tuple[int, ...], ...]]:
+    """Microbatch → encoder lane → item numbers."""
+    assigned = []
+    loads, weights = [0.0] * lanes, [0.0] * lanes
+    for microbatch, its in enumerate(items):
+        number, begins = divmod(microbatch, passes.per_pass)
+        if not begins:
+            share = passes.shares[number] if passes.shares else (1.0,) * lanes
+            if passes.shares:
+                weights = [weight + more for weight, more in zip(weights, share, strict=True)]
+            else:
+                loads, weights = [0.0] * lanes, [1.0] * lanes
+        costs = [item.meta.cost for item in its]
+        here = balance(costs, [weight if part else 0.0 for weight, part in zip(weights, share, strict=True)], loads)
+        loads = [load + sum(costs[item] for item in lane) for load, lane in zip(loads, here, strict=True)]
+        assigned.append(here)
+    return assigned

@@ -76,6 +76,11 @@ class ModuleConfig(_Strict):
     """Over `dp`: shard parameters, gradients and optimizer state (FSDP2), or keep a replica on every lane."""
     lr: PositiveFloat | None = None
     """Peak learning rate of this module; the run's `train.lr` if left out."""
+    layers: tuple[PositiveInt, ...] | None = None
+    """Transformer blocks of each pipeline stage (with virtual stages: of each of those), first to last; balanced by cost if
+    left out."""
+    frozen: bool | tuple[str, ...] = False
+    """Not trained: the whole module, or its parameters whose full name contains one of these texts."""
 
     @model_validator(mode="before")
     @classmethod
@@ -147,6 +152,21 @@ class DataConfig(_Strict):
         return self
 
 
+class ScheduleConfig(_Strict):
+    """In which order ranks work a step."""
+
+    encoders: Literal["auto", "three_phase", "graph_1f1b", "nested"] = "auto"
+    """How encoder work joins the language model's pipeline. `three_phase`: before and after it, macro-batch by macro-batch;
+    `graph_1f1b`: as further stages of one pipeline; `nested`: inside its bubbles. `auto`: `three_phase` where every encoder rank
+    is a language rank and every language rank an encoder rank, else `graph_1f1b`."""
+    language: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """Order inside the language model's pipeline."""
+    virtual_stages: PositiveInt = 2
+    """`interleaved`: pieces of the language model that each of its ranks holds."""
+    macro_batch: PositiveInt | None = None
+    """`three_phase` and `graph_1f1b`: language-model microbatches that one encoder pass serves; if left out, all of them and one."""
+
+
 class TrainConfig(_Strict):
     """The loop and the optimizer (AdamW, linear warm-up, cosine decay)."""
 
@@ -185,6 +205,8 @@ class RunConfig(_Strict):
     """Layout per module: `language`, and one entry per encoder (`vision`)."""
     data: DataConfig | None = None
     """Needed to train; `inspect` and `verify` go without."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Order of work; needed for pipelines and for modules that share ranks or do not."""
     train: TrainConfig
     weights: Literal["pretrained", "seeded"] = "pretrained"
     """Read the folder's safetensors, or initialise from `seed` (identical under every layout)."""
@@ -302,7 +324,12 @@ def _describe(detail: dict[str, Any]) -> str:
 
 
 def _known_keys(location: Sequence[Any]) -> list[str]:
-    nested: dict[str, type[BaseModel]] = {"modules": ModuleConfig, "data": DataConfig, "train": TrainConfig}
+    nested: dict[str, type[BaseModel]] = {
+        "modules": ModuleConfig,
+        "data": DataConfig,
+        "schedule": ScheduleConfig,
+        "train": TrainConfig,
+    }
     model: type[BaseModel] = RunConfig
     for part in location:
         model = nested.get(str(part), model)

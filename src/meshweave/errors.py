@@ -23,3 +23,7 @@ class DataError(MeshweaveError):
 
 class CheckpointError(MeshweaveError):
     """A model folder or checkpoint is missing something, or does not fit the model."""
+
+
+class ScheduleError(MeshweaveError):
+    """A schedule cannot run: it would deadlock, or an action is missing, doubled, or before what it needs."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshweave.batch import MediaMeta, SampleMeta, StepPlan, balance, plan_step
+from meshweave.batch import EncoderPasses, MediaMeta, SampleMeta, StepPlan, balance, plan_step
 from meshweave.errors import LayoutError
 
 MODULES = ("vision", "audio")
@@ -83,7 +83,7 @@ def test_language_lanes_know_the_numbers_of_the_items_they_embed(step):
 
 @given(st.lists(st.integers(0, 1000), max_size=60), st.integers(1, 8))
 def test_no_lane_carries_more_than_the_mean_and_a_part_of_the_largest_item(costs, lanes):
-    loads = [sum(costs[item] for item in lane) for lane in balance(costs, lanes)]
+    loads = [sum(costs[item] for item in lane) for lane in balance(costs, [1.0] * lanes)]
     # A lane that ends heaviest was the lightest before its last item, i.e. at most the mean of the others.
     assert max(loads) <= sum(costs) / lanes + (1 - 1 / lanes) * max(costs, default=0) + 1e-9
 
@@ -94,7 +94,7 @@ def test_the_heaviest_lane_is_within_grahams_bound_of_the_best_possible(costs, l
         return max(sum(c for c, lane in zip(costs, choice, strict=True) if lane == n) for n in range(lanes))
 
     best = min(heaviest(choice) for choice in product(range(lanes), repeat=len(costs)))
-    loads = [sum(costs[item] for item in lane) for lane in balance(costs, lanes)]
+    loads = [sum(costs[item] for item in lane) for lane in balance(costs, [1.0] * lanes)]
     assert max(loads) <= (4 / 3 - 1 / (3 * lanes)) * best + 1e-9
 
 
@@ -153,3 +153,25 @@ def test_planning_4096_lanes_and_100000_items_takes_about_a_second():
     seconds = time.perf_counter() - begun
     assert len(plan.microbatches[0].items["vision"]) > 90_000
     assert seconds < 5, f"{seconds:.2f} s"  # about 0.5 s on an idle core
+
+
+def test_a_pass_is_balanced_over_all_its_microbatches() -> None:
+    samples = [SampleMeta(index, 10, (MediaMeta("vision", 4, 1.0),)) for index in range(4)]
+    options = {"microbatches": 4, "language_lanes": 1, "encoder_lanes": {"vision": 4}}
+    alone = plan_step(samples, **options)
+    together = plan_step(samples, **options, passes={"vision": EncoderPasses(per_pass=4)})
+    assert [part.encoder_lanes["vision"].index((0,)) for part in alone.microbatches] == [0, 0, 0, 0]
+    assert sorted(part.encoder_lanes["vision"].index((0,)) for part in together.microbatches) == [0, 1, 2, 3]
+    assert [len(served) for served in together.passes("vision")] == [4]
+
+
+def test_unequal_shares_hold_over_the_step_and_a_share_of_nothing_gets_nothing() -> None:
+    samples = [SampleMeta(index, 10, (MediaMeta("vision", 4, 1.0),) * 3) for index in range(8)]
+    shares = ((0.0, 1.5, 1.5), *((0.5, 1.0, 1.5),) * 7)
+    passes = {"vision": EncoderPasses(shares=shares)}
+    plan = plan_step(samples, microbatches=8, language_lanes=1, encoder_lanes={"vision": 3}, passes=passes)
+    assert plan.microbatches[0].encoder_lanes["vision"][0] == ()
+    counts = [sum(len(part.encoder_lanes["vision"][lane]) for part in plan.microbatches) for lane in range(3)]
+    assert sum(counts) == 24
+    for count, wanted in zip(counts, [sum(share[lane] for share in shares) for lane in range(3)], strict=True):
+        assert abs(count - wanted) <= 1

@@ -7,18 +7,20 @@ from itertools import chain, cycle
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.ranks import run_ranks
 from torch import Tensor
 
 from meshweave.boundary import (
+    Arrival,
     Ownership,
     Share,
     exchange,
     lane_ownership,
+    outgoing,
     plan_transfer,
     slice_ownership,
     split_positions,
-    start_transfer,
     transfer,
     zigzag_positions,
 )
@@ -258,9 +260,15 @@ def test_several_encoders_can_be_under_way_at_once() -> None:
             values = torch.cat(token_values(have, torch.float32, seed), dim=1)
             expected = torch.cat(token_values(need, torch.float32, seed), dim=1)
             plan = plan_transfer(source, destination, node_size=2)
-            pending.append((start_transfer(plan, values, rank), expected))
-        for started, expected in pending:
-            assert torch.equal(started.result(), expected)
+            arrival = Arrival(plan.for_rank(rank), values)
+            works = [dist.isend(tensor, peer) for peer, tensor in outgoing(plan.for_rank(rank), values)]
+            works += [dist.irecv(buffer, peer) for peer, buffer in arrival.expect()]
+            arrival.copy(values)
+            pending.append((arrival, works, expected))
+        for arrival, works, expected in pending:
+            for work in works:
+                work.wait()
+            assert torch.equal(arrival.result(), expected)
 
     run_ranks(4, check)
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from support.ranks import run_ranks
 
-from meshweave.batch import MediaMeta, SampleMeta
-from meshweave.data.loader import Loader, LocalStep
+from meshweave.batch import EncoderPasses, MediaMeta, SampleMeta
+from meshweave.data.loader import EncoderRole, Loader, LocalStep
 from meshweave.errors import DataError
 
 LANGUAGE_LANES, ENCODER_LANES = 2, {"vision": 3, "audio": 1}
@@ -62,35 +62,37 @@ class Ragged:
     def dummy_media(self, module: str):
         return {"pixel_values": torch.zeros(1, 2)}
 
+    def dummy_meta(self, module: str) -> MediaMeta:
+        return MediaMeta(module, 2, 1.0)
+
 
 def loader(dataset, rank: int = 0, grouped: bool = True, **options) -> Loader:
     language_lane, encoder_lane = LANES[rank]
+    role = options.pop("role", {})
     options = {"batch_size": 16, "microbatches": 2, "seed": 3} | options
     if grouped:  # its own group, as a trainer gives it
         options |= {"rank": rank, "world": WORLD, "group": dist.new_group(backend="gloo")}
     return Loader(
         dataset,
         language_lanes=LANGUAGE_LANES,
-        encoder_lanes=ENCODER_LANES,
         language_lane=language_lane,
-        encoder_lane=encoder_lane,
+        encoders={name: EncoderRole(count, encoder_lane[name], **role.get(name, {})) for name, count in ENCODER_LANES.items()},
         **options,
     )
 
 
 def same(a: LocalStep, b: LocalStep) -> bool:
     def flat(step):
-        for microbatch in step.microbatches:
-            if microbatch.language is not None:
-                yield from (microbatch.language.input_ids, microbatch.language.labels)
-            yield from (t for m in microbatch.media.values() if m is not None for t in m.inputs.values())
+        for language in step.language:
+            if language is not None:
+                yield from (language.input_ids, language.labels)
+        yield from (t for passes in step.media.values() for m in passes if m is not None for t in m.inputs.values())
 
     left, right = list(flat(a)), list(flat(b))
     return (
         (a.plan, a.skipped, len(left)) == (b.plan, b.skipped, len(right))
         and all(map(torch.equal, left, right))
-        and [m.language and m.language.media_counts for m in a.microbatches]
-        == [m.language and m.language.media_counts for m in b.microbatches]
+        and [text and text.media_counts for text in a.language] == [text and text.media_counts for text in b.language]
     )
 
 
@@ -101,32 +103,35 @@ def all_same(a: list[LocalStep], b: list[LocalStep]) -> bool:
 def test_every_rank_holds_exactly_what_the_plan_gives_it():
     for rank, (language_lane, encoder_lane) in enumerate(LANES):
         step = loader(Ragged(), rank, grouped=False).step(0)
-        for plan, local in zip(step.plan.microbatches, step.microbatches, strict=True):
+        for number, (plan, language) in enumerate(zip(step.plan.microbatches, step.language, strict=True)):
             if language_lane is None:
-                assert local.language is None
+                assert language is None
             else:
                 lane = plan.lanes[language_lane]
                 longest = max(s.tokens for s in lane)
-                assert local.language.lengths == tuple(s.tokens for s in lane)
-                for row, labels, sample in zip(local.language.input_ids, local.language.labels, lane, strict=True):
+                assert language.lengths == tuple(s.tokens for s in lane)
+                for row, labels, sample in zip(language.input_ids, language.labels, lane, strict=True):
                     padding = longest - sample.tokens
                     assert row.tolist() == [1 + sample.sample] * sample.tokens + [0] * padding
                     assert labels.tolist() == [1 + sample.sample] * sample.tokens + [-100] * padding
-                for encoder, counts in local.language.media_counts.items():
+                for encoder, counts in language.media_counts.items():
                     assert counts == tuple(sum(m.module == encoder for m in s.media) for s in lane)
             for encoder, lane in encoder_lane.items():
+                media = step.media[encoder][number]
                 if lane is None:
-                    assert local.media[encoder] is None
+                    assert media is None
                 else:
-                    items = [plan.items[encoder][number] for number in plan.encoder_lanes[encoder][lane]]
-                    assert not local.media[encoder].dummy
-                    assert local.media[encoder].inputs["pixel_values"].tolist() == [[item.sample, item.slot] for item in items]
+                    items = tuple(plan.items[encoder][item] for item in plan.encoder_lanes[encoder][lane])
+                    assert not media.dummy
+                    assert media.items == tuple(item.meta for item in items)
+                    assert media.tokens == (sum(item.meta.tokens for item in items),)
+                    assert media.inputs["pixel_values"].tolist() == [[item.sample, item.slot] for item in items]
 
 
 def test_a_lane_without_items_holds_a_dummy_if_and_only_if_another_lane_has_some():
     def media(dataset, **options):
         step = loader(dataset, 2, grouped=False, batch_size=2, microbatches=1, shuffle=False, **options).step(0)
-        return step.microbatches[0].media["vision"]
+        return step.media["vision"][0]
 
     class OneImage(Ragged):
         def modules(self, index):
@@ -141,9 +146,47 @@ def test_a_lane_without_items_holds_a_dummy_if_and_only_if_another_lane_has_some
     assert media(TextOnly()) is None
 
 
+def test_without_gathers_in_every_pass_a_lane_holds_a_dummy_only_if_it_has_no_items_all_step():
+    class Some(Ragged):
+        def modules(self, index):
+            return ["vision"] if index in self.with_image else []
+
+    def dummies(with_image, **role):
+        Some.with_image = with_image
+        options = {"batch_size": 4, "microbatches": 4, "shuffle": False, "role": {"vision": {"together": False, **role}}}
+        step = loader(Some(), 2, grouped=False, **options).step(0)
+        assert step.plan.microbatches[0].encoder_lanes["vision"]
+        return [media and media.dummy for media in step.media["vision"]]
+
+    assert dummies({3}) == [True, None, None, None]
+    assert dummies(set()) == [None] * 4
+    late = tuple((1.0, 1.0, float(number > 1)) for number in range(4))
+    assert dummies({3}, passes=EncoderPasses(shares=late)) == [None, None, True, None]
+
+
+def test_a_pass_brings_the_items_of_its_microbatches_one_after_the_other():
+    role = {"vision": {"passes": EncoderPasses(per_pass=2)}}
+    step = loader(Ragged(), 0, grouped=False, role=role).step(0)
+    (media,) = step.media["vision"]
+    lane = LANES[0][1]["vision"]
+    mine = [[plan.items["vision"][item] for item in plan.encoder_lanes["vision"][lane]] for plan in step.plan.microbatches]
+    items = (*mine[0], *mine[1])
+    assert media.items == tuple(item.meta for item in items)
+    assert media.tokens == tuple(sum(item.meta.tokens for item in items) for items in mine)
+    assert media.inputs["pixel_values"].tolist() == [[item.sample, item.slot] for item in items]
+
+
+def test_later_pipeline_stages_read_no_pixels():
+    dataset = Ragged()
+    step = loader(dataset, 0, grouped=False, role={"vision": {"reads": False}}).step(0)
+    assert step.media["vision"][0].inputs == {}
+    assert step.media["vision"][0].items
+    assert not dataset.reads["media"]
+
+
 def test_a_lane_without_samples_holds_one_padding_token():
     step = loader(Ragged(), 2, grouped=False, batch_size=1, microbatches=1).step(0)
-    language = step.microbatches[0].language
+    language = step.language[0]
     assert step.plan.microbatches[0].lanes[1] == ()
     assert (language.input_ids.tolist(), language.labels.tolist()) == ([[0]], [[-100]])
     assert language.lengths == (1,)
@@ -196,8 +239,8 @@ def test_the_next_step_is_prepared_while_one_is_used_if_prefetch_is_on(prefetch,
 def test_a_step_whose_samples_are_all_unreadable_is_an_ordinary_empty_step():
     step = loader(Ragged(missing=frozenset(range(64))), grouped=False).step(0)
     assert step.skipped == 16
-    assert step.microbatches[1].language.input_ids.tolist() == [[0]]
-    assert step.microbatches[1].media == {"vision": None, "audio": None}
+    assert step.language[1].input_ids.tolist() == [[0]]
+    assert step.media == {"vision": (None, None), "audio": (None, None)}
 
 
 def reads_of_a_rank(rank: int):

@@ -227,6 +227,9 @@ def test_encoding_cost_is_a_function_of_the_item():
 def test_a_dummy_item_looks_like_a_real_one(processor):
     dataset = ProcessedDataset(SAMPLES, processor)
     real, dummy = dataset.media(1, 0), dataset.dummy_media("vision")
+    assert dataset.dummy_meta("vision").tokens > 0
+    if "image_grid_thw" in dummy:
+        assert [list(dataset.dummy_meta("vision").grid)] == dummy["image_grid_thw"].tolist()
     assert {key: (v.dtype, v.shape[1:]) for key, v in dummy.items()} == {key: (v.dtype, v.shape[1:]) for key, v in real.items()}
 
 

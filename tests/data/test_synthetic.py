@@ -126,6 +126,9 @@ def test_samples_follow_from_seed_and_index_alone(config):
 def test_a_dummy_item_looks_like_a_real_one_and_is_blank(config):
     dataset = SyntheticDataset(config, 4)
     real, dummy = dataset.media(0, 0), dataset.dummy_media("vision")
+    assert dataset.dummy_meta("vision").tokens > 0
+    if "image_grid_thw" in dummy:
+        assert [list(dataset.dummy_meta("vision").grid)] == dummy["image_grid_thw"].tolist()
     assert {key: (v.dtype, v.shape[1:]) for key, v in dummy.items()} == {key: (v.dtype, v.shape[1:]) for key, v in real.items()}
     assert not dummy["pixel_values"].any()
 

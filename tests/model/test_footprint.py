@@ -14,6 +14,7 @@ from meshweave.layout import Layout, Placement, placements
 from meshweave.model.blueprint import STORED, blueprint_of
 from meshweave.model.footprint import COPIES, footprints
 from meshweave.model.modules import graph_of
+from meshweave.model.stages import stage_cuts
 from meshweave.parallel.build import build_model
 from meshweave.parallel.mesh import build_meshes
 
@@ -23,6 +24,7 @@ LAYOUTS = {
     "tp 4 and dp 4": ({"ranks": "0-3", "tp": 4}, {"ranks": "0-3", "dp": 4}),
     "dp 1 and dp 3, disjoint": ({"ranks": 0}, {"ranks": "1-3", "dp": 3}),
     "overlapping": ({"ranks": "0-2", "dp": 3}, {"ranks": "2-3", "tp": 2}),
+    "pp 2 × dp 2 and pp 2 × tp 2": ({"ranks": "0-3", "pp": 2, "dp": 2}, {"ranks": "0-3", "pp": 2, "tp": 2}),
 }
 
 
@@ -43,7 +45,8 @@ def _run(vision, language, kind="shard", **top):
 
 def _footprints(run, model_config, dtype=torch.float32):
     kinds = {name: module.data_parallel for name, module in run.modules.items()}
-    return footprints(graph_of(blueprint_of(model_config, dtype)), placements(run), kinds)
+    graph = graph_of(blueprint_of(model_config, dtype))
+    return footprints(graph, placements(run), kinds, stage_cuts(run, graph))
 
 
 def _held(rank, runs, model_config):
@@ -108,15 +111,25 @@ def test_context_parallel_ranks_and_replicas_hold_the_same_parameters():
     graph = graph_of(blueprint_of(llava(), torch.float32))
     layout = Layout(dp=2, cp=2, replicas=2)
     placed = {"language": Placement(layout, tuple(range(8)))}
-    local = footprints(graph, placed, {"language": "shard"})["language"].local
+    found = footprints(graph, placed, {"language": "shard"}, {"language": (range(2),)})["language"]
+    local = found.local
     assert [local[rank] for rank in range(8)] == [local[0]] * 4 + [local[4]] * 4
-    assert local[0] + local[4] == footprints(graph, placed, {"language": "shard"})["language"].parameters
+    assert local[0] + local[4] == found.parameters
 
 
-@pytest.mark.parametrize("layout", [Layout(pp=2), Layout(dp=2, ep=2), Layout(dp=2, etp=2)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_stages_add_up_to_the_whole_module_and_tied_embeddings_count_on_both_ends(tied):
+    run = _run({"ranks": "0-1", "pp": 2}, {"ranks": "0-1", "pp": 2})
+    found = _footprints(run, llava(tied=tied))
+    assert sum(found["vision"].local.values()) == found["vision"].parameters
+    assert sum(found["language"].local.values()) == found["language"].parameters + tied * 96 * 32
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=2, ep=2), Layout(dp=2, etp=2)])
 def test_a_cut_that_is_not_built_yet_has_an_unknown_footprint_and_not_a_wrong_one(layout):
     graph = graph_of(blueprint_of(llava(), torch.float32))
-    found = footprints(graph, {"language": Placement(layout, (0, 1))}, {"language": "shard"})["language"]
+    placed = {"language": Placement(layout, (0, 1))}
+    found = footprints(graph, placed, {"language": "shard"}, {"language": (range(2),)})["language"]
     assert found.local is None
     assert found.local_bytes(0) is None
     assert found.parameters > 0
@@ -136,6 +149,6 @@ def test_four_thousand_ranks_are_counted_quickly():
         "language": Placement(Layout(dp=512, tp=4, cp=2), tuple(range(4096))),
     }
     start = time.perf_counter()
-    found = footprints(graph, placed, {"vision": "shard", "language": "shard"})
+    found = footprints(graph, placed, {"vision": "shard", "language": "shard"}, {"vision": (range(3),), "language": (range(2),)})
     assert time.perf_counter() - start < 2.0
     assert sum(found["vision"].local.values()) == found["vision"].parameters

@@ -12,10 +12,12 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from meshweave.config import parse_config
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.model.blueprint import blueprint_of
 from meshweave.model.modules import graph_of
-from meshweave.model.shrink import VOCABULARY, shrink
+from meshweave.model.shrink import VOCABULARY, shrink, shrink_run
+from meshweave.model.stages import stage_cuts
 
 LARGE = {
     "llava": LlavaConfig(text_config=LlamaConfig(hidden_size=8192, num_attention_heads=64, num_key_value_heads=8)),
@@ -48,3 +50,23 @@ def test_random_samples_fit_the_small_vocabulary(config: PreTrainedConfig) -> No
     ids = [token for index in range(8) for token in SyntheticDataset(small, 8).text(index)[0].tolist()]
     assert max(ids) < VOCABULARY
     assert small.image_token_id in ids
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_shrunk_run_keeps_its_pipelines_and_cuts_them_anew(name: str) -> None:
+    blocks = LARGE[name].get_text_config().num_hidden_layers
+    run = parse_config(
+        {
+            "model": "unused",
+            "modules": {
+                "vision": {"ranks": "0-5", "pp": 6},
+                "language": {"ranks": "0-5", "pp": 6, "layers": [*[1] * 11, blocks - 11]},
+            },
+            "schedule": {"language": "interleaved", "virtual_stages": 2},
+            "train": {"steps": 1, "batch_size": 4},
+        }
+    )
+    small, config = shrink_run(run, LARGE[name])
+    cuts = stage_cuts(small, graph_of(blueprint_of(config, torch.float32)))
+    assert {module: len(cut) for module, cut in cuts.items()} == {"vision": 6, "language": 12}
+    assert (small.weights, small.data) == ("seeded", None)

@@ -10,21 +10,20 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from meshweave.errors import CheckpointError
 from meshweave.model.blueprint import blueprint_of, read_model_config
-from meshweave.model.modules import graph_of
 from meshweave.model.weights import check_weights, fill_pretrained, fill_seeded, materialise
 
 
 def filled(folder: Path, seed: int | None) -> PreTrainedModel:
     config = read_model_config(folder)
-    graph = graph_of(blueprint_of(config, torch.float32))
-    modules = {name: part for module in graph.children for name, part in graph.of_module(module).items()}
-    materialise({"": graph.model}, torch.device("cpu"))
+    model = blueprint_of(config, torch.float32)
+    materialise(model, torch.device("cpu"))
+    targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     blueprint = blueprint_of(config, torch.float32)
     if seed is None:
-        fill_pretrained(modules, blueprint, folder)
+        fill_pretrained(targets, blueprint, folder)
     else:
-        fill_seeded(modules, blueprint, seed)
-    return graph.model
+        fill_seeded(targets, blueprint, seed)
+    return model
 
 
 def assert_same(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:

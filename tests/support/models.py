@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlavaConfig,
@@ -115,6 +116,15 @@ def qwen2_5_vl() -> PreTrainedConfig:
 
 
 CONFIGS = {"llava": llava, "llava_siglip": llava_siglip, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
+
+
+def with_layers(config: PreTrainedConfig, vision: int, language: int) -> PreTrainedConfig:
+    """The same model with other numbers of layers in the encoder and in the language model."""
+    tree = config.to_dict()
+    tree["vision_config"]["depth" if "depth" in tree["vision_config"] else "num_hidden_layers"] = vision
+    tree["text_config"]["num_hidden_layers"] = language
+    tree["text_config"].pop("layer_types", None)
+    return AutoConfig.for_model(**tree)
 
 
 def write_model_folder(config: PreTrainedConfig, folder: Path, *, weights: bool = False) -> Path:

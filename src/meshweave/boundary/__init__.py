@@ -1,6 +1,6 @@
 """What crosses between modules? Ownership of media tokens, the transfer plan between two, its exchange."""
 
-from meshweave.boundary.exchange import PendingTransfer, exchange, start_transfer, transfer
+from meshweave.boundary.exchange import Arrival, exchange, outgoing, transfer
 from meshweave.boundary.ownership import (
     Ownership,
     Share,
@@ -12,20 +12,20 @@ from meshweave.boundary.ownership import (
 from meshweave.boundary.transfer import Message, Moves, RankPlan, RankStage, TransferPlan, plan_transfer
 
 __all__ = [
+    "Arrival",
     "Message",
     "Moves",
     "Ownership",
-    "PendingTransfer",
     "RankPlan",
     "RankStage",
     "Share",
     "TransferPlan",
     "exchange",
     "lane_ownership",
+    "outgoing",
     "plan_transfer",
     "slice_ownership",
     "split_positions",
-    "start_transfer",
     "transfer",
     "zigzag_positions",
 ]

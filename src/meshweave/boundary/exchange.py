@@ -5,8 +5,7 @@ All ranks of the plan must start the same transfers in the same order. On NCCL t
 (`device_id=...`, or any collective before), because the first exchange need not involve all of its ranks.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Container, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -51,76 +50,70 @@ def transfer(plan: TransferPlan, tensor: Tensor, rank: int, group: dist.ProcessG
 
     Raises `LayoutError` if the tensor's rows are not the plan's.
     """
-    return start_transfer(plan, tensor, rank, group).result()
-
-
-def start_transfer(plan: TransferPlan, tensor: Tensor, rank: int, group: dist.ProcessGroup | None = None) -> "PendingTransfer":
-    """`transfer` in two halves: the first stage is on its way when this returns, `result()` ends it."""
     part = plan.for_rank(rank)
     _check_rows(tensor, part)
-    return PendingTransfer(part, tensor.detach(), group)
+    tensor = tensor.detach()
+    arrival = Arrival(part, tensor.new_empty(0, tensor.shape[1]))
+    posts = [dist.P2POp(dist.isend, values, peer, group) for peer, values in outgoing(part, tensor)]
+    posts += [dist.P2POp(dist.irecv, buffer, peer, group) for peer, buffer in arrival.expect()]
+    # All are posted before any is awaited, so that no order of ranks can deadlock.
+    works = dist.batch_isend_irecv(posts) if posts else []
+    arrival.copy(tensor)
+    for work in works:
+        work.wait()
+    return arrival.result(group)
 
 
-class PendingTransfer:
-    """A transfer under way. State: its messages in flight, which `result` awaits (call it once).
+def outgoing(part: RankPlan, tensor: Tensor, peers: Container[int] | None = None) -> list[tuple[int, Tensor]]:
+    """What a rank sends of its [rows_in, width] in the first stage of its plan: (receiver, values), to `peers` only if given."""
+    _check_rows(tensor, part)
+    sends = _wiring(part, tensor.device).stages[0].sends
+    return [(peer, _read(tensor, rows).contiguous()) for peer, rows in sends if peers is None or peer in peers]
 
-    On a GPU, packing, sending and unpacking run on a stream of their own, which starts after the work queued
-    so far; in `result` the current stream waits for it.
+
+class Arrival:
+    """A rank's tokens on their way in, for a caller that posts the messages itself.
+
+    State: the [rows_out, width] tensor that fills, and messages whose rows are scattered in it.
     """
 
-    def __init__(self, part: RankPlan, tensor: Tensor, group: dist.ProcessGroup | None) -> None:
-        self._group = group
-        self._stream = torch.cuda.Stream(tensor.device) if tensor.is_cuda else None
-        wiring = _wiring(part, tensor.device)  # memory of the current stream, which outlives its use on ours
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
-            tensor.record_stream(self._stream)
-        with self._on_stream():
-            tensor = tensor.contiguous()
-            self._out = tensor.new_empty(part.rows_out, tensor.shape[1])
-            self._first = _Flight(wiring.stages[0], tensor, self._out, group)
-            self._later = wiring.stages[1:]
-            _write(self._out, wiring.copy_to, _read(tensor, wiring.copy_from))
-
-    def result(self) -> Tensor:
-        """[rows_out, width] of this rank's destination share."""
-        with self._on_stream():
-            self._first.land()
-            for stage in self._later:
-                _Flight(stage, self._out, self._out, self._group).land()
-        if self._stream is not None:
-            current = torch.cuda.current_stream(self._out.device)
-            current.wait_stream(self._stream)
-            self._out.record_stream(current)
-        return self._out
-
-    def _on_stream(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-
-
-class _Flight:
-    """The messages of one stage, all posted before any is awaited, so that no order of ranks can deadlock."""
-
-    def __init__(self, stage: "_Stage", tensor: Tensor, out: Tensor, group: dist.ProcessGroup | None) -> None:
-        self._out = out
+    def __init__(self, part: RankPlan, like: Tensor) -> None:
+        """`like`: any [rows, width] of the right width, dtype and device."""
+        self._wiring = _wiring(part, like.device)
+        self._out = like.new_empty(part.rows_out, like.shape[1])
         self._buffers: list[tuple[Rows, Tensor]] = []
-        posts = [dist.P2POp(dist.isend, _read(tensor, rows), peer, group) for peer, rows in stage.sends]
-        for peer, rows in stage.receives:
-            if isinstance(rows, slice):
-                buffer = out[rows]  # adjacent rows are received in place
-            else:
-                buffer = out.new_empty(len(rows), out.shape[1])
-                self._buffers.append((rows, buffer))
-            posts.append(dist.P2POp(dist.irecv, buffer, peer, group))
-        self._posts = posts  # keeps what is being sent alive
-        self._works = dist.batch_isend_irecv(posts) if posts else []
 
-    def land(self) -> None:
-        """Wait for every message and write what was received to its rows."""
-        for work in self._works:
-            work.wait()
+    def expect(self, peers: Container[int] | None = None) -> list[tuple[int, Tensor]]:
+        """Buffers of the first stage: (sender, where its message goes), from `peers` only if given."""
+        found = []
+        for peer, rows in self._wiring.stages[0].receives:
+            if peers is not None and peer not in peers:
+                continue
+            if isinstance(rows, slice):
+                buffer = self._out[rows]  # adjacent rows are received in place
+            else:
+                buffer = self._out.new_empty(len(rows), self._out.shape[1])
+                self._buffers.append((rows, buffer))
+            found.append((peer, buffer))
+        return found
+
+    def copy(self, tensor: Tensor) -> None:
+        """Takes over the tokens that this rank needs and holds itself, in its [rows_in, width]."""
+        _write(self._out, self._wiring.copy_to, _read(tensor, self._wiring.copy_from))
+
+    def result(self, group: dist.ProcessGroup | None = None) -> Tensor:
+        """[rows_out, width], once every message of the first stage is there; runs the later stages, if any."""
         for rows, buffer in self._buffers:
             _write(self._out, rows, buffer)
+        for stage in self._wiring.stages[1:]:
+            posts = [dist.P2POp(dist.isend, _read(self._out, rows), peer, group) for peer, rows in stage.sends]
+            landing = [(rows, self._out.new_empty(_length(rows), self._out.shape[1]), peer) for peer, rows in stage.receives]
+            posts += [dist.P2POp(dist.irecv, buffer, peer, group) for _, buffer, peer in landing]
+            for work in dist.batch_isend_irecv(posts) if posts else []:
+                work.wait()
+            for rows, buffer, _ in landing:
+                _write(self._out, rows, buffer)
+        return self._out
 
 
 Rows: TypeAlias = slice | Tensor
@@ -169,6 +162,10 @@ def _check_rows(tensor: Tensor, part: RankPlan) -> None:
 
 def _read(tensor: Tensor, rows: Rows) -> Tensor:
     return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+
+
+def _length(rows: Rows) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def _write(tensor: Tensor, rows: Rows, values: Tensor) -> None:

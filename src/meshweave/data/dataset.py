@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor
 
-from meshweave.batch import SampleMeta
+from meshweave.batch import MediaMeta, SampleMeta
 
 IGNORE = -100  # the label of a position that is not a target, as in transformers
 
@@ -63,4 +63,8 @@ class Dataset(Protocol):
 
     def dummy_media(self, module: str) -> dict[str, Tensor]:
         """A small valid input of encoder `module`, with the keys of `media`: for a lane without items."""
+        ...
+
+    def dummy_meta(self, module: str) -> MediaMeta:
+        """What `dummy_media` is, as `meta` would say it."""
         ...

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from meshweave.batch import MicrobatchPlan, SampleMeta, StepPlan, plan_step
+from meshweave.batch import EVEN, EncoderPasses, MediaMeta, MicrobatchPlan, SampleMeta, StepPlan, plan_step
 from meshweave.data.dataset import IGNORE, Dataset
 from meshweave.errors import DataError
 
@@ -39,32 +39,45 @@ class LanguageBatch:
 
 @dataclass(frozen=True)
 class MediaBatch:
-    """The media of one encoder lane in one microbatch."""
+    """The media of one encoder lane in one pass."""
 
     inputs: dict[str, Tensor]
-    """The encoder's inputs, the lane's items concatenated along dim 0 in ascending item number."""
-    dummy: bool
-    """One blank item in a lane without any, while other lanes have some: collectives need every rank."""
-
-
-@dataclass(frozen=True)
-class LocalMicrobatch:
-    """What one rank holds of a microbatch, on the CPU."""
-
-    language: LanguageBatch | None
-    """None on ranks outside the language model."""
-    media: Mapping[str, MediaBatch | None]
-    """Encoder → this rank's lane; None on ranks outside the encoder, and where no lane has an item."""
+    """The encoder's inputs, the lane's items concatenated along dim 0: microbatch by microbatch, each in ascending item number.
+    Empty on ranks of later pipeline stages, which see no pixels."""
+    items: tuple[MediaMeta, ...]
+    """The lane's items in that order, or the blank one."""
+    tokens: tuple[int, ...]
+    """Media tokens that the lane yields for each microbatch of the pass."""
+    dummy: bool = False
+    """Whether it is one blank item in a lane without any: collectives need every rank."""
 
 
 @dataclass(frozen=True)
 class LocalStep:
-    """What one rank holds of a step."""
+    """What one rank holds of a step, on the CPU."""
 
     plan: StepPlan
     skipped: int
     """Samples of this step left out, on all ranks alike, because they cannot be read."""
-    microbatches: tuple[LocalMicrobatch, ...]
+    language: tuple[LanguageBatch | None, ...]
+    """Microbatch → this rank's lane; None on ranks outside the language model."""
+    media: Mapping[str, tuple[MediaBatch | None, ...]]
+    """Encoder → pass → this rank's lane; None on ranks outside the encoder, and where the lane has nothing to do."""
+
+
+@dataclass(frozen=True)
+class EncoderRole:
+    """How a rank takes part in one encoder."""
+
+    lanes: int
+    lane: int | None = None
+    """This rank's; None outside the encoder."""
+    reads: bool = True
+    """Whether it reads media: ranks of the first pipeline stage do."""
+    passes: EncoderPasses = EVEN
+    together: bool = True
+    """Whether all lanes must work in a pass in which any does, because every pass gathers parameters. Otherwise each must work
+    at least once in a step in which any does, because gradients are summed at its end."""
 
 
 def require_full_step(dataset: Dataset, batch_size: int) -> None:
@@ -78,7 +91,8 @@ class Loader:
 
     Args:
         batch_size: samples of a step, over all ranks and microbatches.
-        language_lane, encoder_lane: this rank's lane in the language model and each encoder; None if outside.
+        language_lane: this rank's lane in the language model; None if outside.
+        encoders: this rank's part in each encoder.
         rank, world, group: this process among those that plan together, and a gloo group of them for the
             loader's own use (it talks from a background thread). Without a group this process plans alone.
         on_error: what an unreadable sample does, on all ranks alike: "skip" names it once in the log of rank
@@ -96,9 +110,8 @@ class Loader:
         batch_size: int,
         microbatches: int,
         language_lanes: int,
-        encoder_lanes: Mapping[str, int],
         language_lane: int | None,
-        encoder_lane: Mapping[str, int | None],
+        encoders: Mapping[str, EncoderRole],
         rank: int = 0,
         world: int = 1,
         group: dist.ProcessGroup | None = None,
@@ -110,8 +123,7 @@ class Loader:
         if drop_last or not len(dataset):
             require_full_step(dataset, batch_size)
         self.dataset, self.batch_size, self.microbatches = dataset, batch_size, microbatches
-        self.language_lanes, self.encoder_lanes = language_lanes, dict(encoder_lanes)
-        self.language_lane, self.encoder_lane = language_lane, dict(encoder_lane)
+        self.language_lanes, self.language_lane, self.encoders = language_lanes, language_lane, dict(encoders)
         self.rank, self.world = (rank, world) if group is not None else (0, 1)
         self.group, self.seed, self.shuffle, self.on_error = group, seed, shuffle, on_error
         self.steps_per_epoch = len(dataset) // batch_size if drop_last else -(-len(dataset) // batch_size)
@@ -143,14 +155,16 @@ class Loader:
                 [metas[sample] for sample in samples if sample not in bad],
                 microbatches=self.microbatches,
                 language_lanes=self.language_lanes,
-                encoder_lanes=self.encoder_lanes,
+                encoder_lanes={name: role.lanes for name, role in self.encoders.items()},
+                passes={name: role.passes for name, role in self.encoders.items()},
             )
-            local = tuple(self._load(microbatch, reader) for microbatch in plan.microbatches)
+            language = tuple(self._load_language(microbatch, reader) for microbatch in plan.microbatches)
+            media = {name: self._load_encoder(plan, name, role, reader) for name, role in self.encoders.items()}
             # Decoding may still fail where a header was fine; all ranks then drop the sample and plan again.
             failed = self._agreed_failures({sample: why for sample, why in reader.failed.items() if sample not in bad})
             if not failed:
                 self._refuse_if_nothing_can_be_read(len(samples), bad)
-                return LocalStep(plan, len(bad), local)
+                return LocalStep(plan, len(bad), language, media)
             bad |= failed
 
     def _refuse_if_nothing_can_be_read(self, samples: int, bad: Mapping[int, str]) -> None:
@@ -207,17 +221,10 @@ class Loader:
                     more = "; further ones are counted, not named" if len(self._named) == MOST_NAMED else ""
                     logger.warning("sample %d is skipped: %s%s", sample, bad[sample], more)
 
-    def _load(self, plan: MicrobatchPlan, reader: "_Reader") -> LocalMicrobatch:
+    def _load_language(self, plan: MicrobatchPlan, reader: "_Reader") -> LanguageBatch | None:
         lane = self.language_lane
-        return LocalMicrobatch(
-            language=None if lane is None else self._load_language(plan, lane, reader),
-            media={
-                encoder: None if lane is None else self._load_media(plan, encoder, lane, reader)
-                for encoder, lane in self.encoder_lane.items()
-            },
-        )
-
-    def _load_language(self, plan: MicrobatchPlan, lane: int, reader: "_Reader") -> LanguageBatch:
+        if lane is None:
+            return None
         texts = [text for sample in plan.lanes[lane] if (text := reader.text(sample.sample)) is not None]
         media = [[item.module for item in sample.media] for sample in plan.lanes[lane]] or [[]]
         padding = torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORE)
@@ -226,18 +233,46 @@ class Loader:
             input_ids=pad_sequence(input_ids, batch_first=True),
             labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE),
             lengths=tuple(len(ids) for ids in input_ids),
-            media_counts={name: tuple(modules.count(name) for modules in media) for name in self.encoder_lanes},
+            media_counts={name: tuple(modules.count(name) for modules in media) for name in self.encoders},
         )
 
-    def _load_media(self, plan: MicrobatchPlan, encoder: str, lane: int, reader: "_Reader") -> MediaBatch | None:
-        if not plan.items[encoder]:
+    def _load_encoder(self, plan: StepPlan, encoder: str, role: EncoderRole, reader: "_Reader") -> tuple[MediaBatch | None, ...]:
+        lane, passes = role.lane, plan.passes(encoder)
+        if lane is None:
+            return (None,) * len(passes)
+        loaded = [self._load_media(served, encoder, lane, role.reads, reader) for served in passes]
+        for number in _dummy_passes(passes, encoder, lane, role):
+            inputs = self.dataset.dummy_media(encoder) if role.reads else {}
+            blank = self.dataset.dummy_meta(encoder)
+            loaded[number] = MediaBatch(inputs, (blank,), (0,) * len(passes[number]), dummy=True)
+        return tuple(loaded)
+
+    def _load_media(
+        self, served: Sequence[MicrobatchPlan], encoder: str, lane: int, reads: bool, reader: "_Reader"
+    ) -> MediaBatch | None:
+        mine = [[part.items[encoder][number] for number in part.encoder_lanes[encoder][lane]] for part in served]
+        items = tuple(item for part in mine for item in part)
+        if not items:
             return None
-        mine = [plan.items[encoder][number] for number in plan.encoder_lanes[encoder][lane]]
-        if not mine:
-            return MediaBatch(self.dataset.dummy_media(encoder), dummy=True)
-        read = [inputs for item in mine if (inputs := reader.media(item.sample, item.slot)) is not None]
-        keys = read[0] if read else ()
-        return MediaBatch({key: torch.cat([inputs[key] for inputs in read]) for key in keys}, dummy=False)
+        inputs: dict[str, Tensor] = {}
+        if reads:
+            read = [found for item in items if (found := reader.media(item.sample, item.slot)) is not None]
+            inputs = {key: torch.cat([found[key] for found in read]) for key in (read[0] if read else ())}
+        return MediaBatch(
+            inputs, tuple(item.meta for item in items), tuple(sum(item.meta.tokens for item in part) for part in mine)
+        )
+
+
+def _dummy_passes(passes: Sequence[Sequence[MicrobatchPlan]], encoder: str, lane: int, role: EncoderRole) -> list[int]:
+    """Passes in which a lane without items must work on a blank one."""
+    mine = [any(part.encoder_lanes[encoder][lane] for part in served) for served in passes]
+    anyone = [any(part.items[encoder] for part in served) for served in passes]
+    if role.together:
+        return [number for number, (its, works) in enumerate(zip(mine, anyone, strict=True)) if works and not its]
+    if any(mine) or not any(anyone):
+        return []
+    shares = role.passes.shares
+    return [next(number for number in range(len(passes)) if shares is None or shares[number][lane])]
 
 
 @dataclass

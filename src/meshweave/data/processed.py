@@ -35,6 +35,9 @@ class Footprint:
     """(t, h, w) in patches, for processors that return `image_grid_thw`."""
 
 
+_DUMMY_SIZE = (32, 32)
+
+
 def patches(meta: MediaMeta) -> float:
     """The default encoding cost: patches where the item has a grid, tokens elsewhere."""
     return float(prod(meta.grid) if meta.grid is not None else meta.tokens)
@@ -101,7 +104,12 @@ class ProcessedDataset:
 
     def dummy_media(self, module: str) -> dict[str, Tensor]:
         """A small blank image."""
-        return self._process(Image.new("RGB", (32, 32)))
+        return self._process(Image.new("RGB", _DUMMY_SIZE))
+
+    def dummy_meta(self, module: str) -> MediaMeta:
+        """Tokens and grid of `dummy_media`."""
+        found = self._footprint(_DUMMY_SIZE)
+        return MediaMeta(module, found.tokens, cost=0.0, grid=found.grid)
 
     def _render(self, messages: Any, add_generation_prompt: bool = False) -> str:
         if not messages:  # what comes before the first turn; not every template accepts an empty list

@@ -94,6 +94,10 @@ class SyntheticDataset:
         """One black image of the first sample's size."""
         return self._images.inputs(*self._shape(0)[1][0], torch.zeros)
 
+    def dummy_meta(self, module: str) -> MediaMeta:
+        """Tokens and grid of `dummy_media`."""
+        return self._images.meta(module, *self._shape(0)[1][0])
+
     def _random(self, index: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, index, stream])
 

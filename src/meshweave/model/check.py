@@ -10,7 +10,9 @@ from meshweave.errors import ConfigError
 from meshweave.layout import placements
 from meshweave.model.blueprint import blueprint_of
 from meshweave.model.families import PROVEN, tensor_plans
-from meshweave.model.modules import VISION, graph_of
+from meshweave.model.frozen import frozen_names, lost_texts
+from meshweave.model.modules import VISION, ModelGraph, graph_of
+from meshweave.model.stages import stage_cuts
 from meshweave.model.weights import check_weights
 
 logger = logging.getLogger(__name__)
@@ -18,7 +20,6 @@ logger = logging.getLogger(__name__)
 _DIVIDED_BY_TP = ("num_attention_heads", "num_key_value_heads", "num_heads", "intermediate_size")
 
 _NOT_BUILT = {
-    "pp": "pipeline parallelism",
     "cp": "context parallelism",
     "ep": "expert parallelism",
     "etp": "tensor parallelism inside experts",
@@ -30,9 +31,9 @@ def check_model(run: RunConfig, config: PreTrainedConfig) -> None:
     """Checks the run's modules and sizes against the model's config.
 
     Raises:
-        ConfigError: a module is missing or unknown, or `tp` does not divide what it must.
-        LayoutError: the sizes of a module are inconsistent, the model cannot be cut into modules, or a module has no
-            tensor-parallel plan.
+        ConfigError: a module is missing or unknown, `tp` does not divide what it must, or `frozen` names no parameter or all.
+        LayoutError: the sizes of a module are inconsistent, the model cannot be cut into modules or these into their stages,
+            or a module has no tensor-parallel plan.
     """
     where = placements(run)
     if getattr(config, "vision_config", None) is None:
@@ -62,8 +63,10 @@ def check_model(run: RunConfig, config: PreTrainedConfig) -> None:
             for key, value in part.to_dict().items()
             if key.endswith(("dropout", "_pdrop")) and value
         ]
+    wrong += _frozen_faults(run, graph)
     if wrong:
         raise ConfigError("\n".join(["the run file does not fit the model:", *(f"  {line}" for line in dict.fromkeys(wrong))]))
+    stage_cuts(run, graph)
     if config.model_type not in PROVEN:
         logger.warning(
             "%s models take the generic path, which no test covers; `meshweave verify --shrink` shows whether it holds",
@@ -99,3 +102,15 @@ def check_executable(run: RunConfig, config: PreTrainedConfig) -> None:
         raise ConfigError("\n".join(["this run cannot start:", *(f"  {line}" for line in wrong)]))
     if run.weights == "pretrained":
         check_weights(blueprint_of(config, torch.float32), run.model)
+
+
+def _frozen_faults(run: RunConfig, graph: ModelGraph) -> list[str]:
+    names = {name: list(graph.parameters(name)) for name in run.modules if name in graph.children}
+    faults = [
+        f"modules.{name}.frozen: no parameter's name contains {text!r}; names look like {found[0]}"
+        for name, found in names.items()
+        for text in lost_texts(run.modules[name], found)
+    ]
+    if all(len(frozen_names(run.modules[name], found)) == len(found) for name, found in names.items()):
+        faults.append("modules: `frozen` leaves nothing to train; unfreeze a module or some of its parameters")
+    return faults

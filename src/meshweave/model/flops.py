@@ -57,6 +57,16 @@ def count_flops(graph: ModelGraph, name: str) -> ModuleFlops:
     return ModuleFlops(per_token, per_output, 4 * len(blocks) * _attention_width(graph.model, name))
 
 
+def product_flops(module: nn.Module) -> int:
+    """FLOPs of the matrix products of a module's own parameters, for each of its inputs; looking up embeddings is free."""
+    return sum(
+        2 * parameter.numel()
+        for part in module.modules()
+        for parameter in part.parameters(recurse=False)
+        if parameter.ndim >= 2 and not isinstance(part, nn.Embedding)
+    )
+
+
 def _attention_width(model: PreTrainedModel, name: str) -> int:
     if name != LANGUAGE:
         return model.config.vision_config.hidden_size

@@ -1,7 +1,7 @@
 """How much of a module does each rank hold? Parameters and bytes, from shapes and layouts alone."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -11,7 +11,8 @@ from torch import nn
 from meshweave.layout import Placement
 from meshweave.model.families import tensor_plans
 from meshweave.model.families.plan import matches
-from meshweave.model.modules import ModelGraph
+from meshweave.model.modules import ModelGraph, first_names
+from meshweave.model.parts import parts_of
 
 COPIES = 4
 """Tensors kept for one parameter: itself, its gradient, and AdamW's two moments, all in the stored dtype."""
@@ -38,7 +39,8 @@ class ModuleFootprint:
     parameters: int
     """Of the whole module; tied ones once."""
     local: Mapping[int, int] | None
-    """Rank to the parameters it holds; None under a layout that is not built yet (pp, ep, etp)."""
+    """Rank to the parameters it holds; None under a layout that is not built yet (ep, etp).
+    Parameters that tie the first stage to the last count on both."""
     parameter_bytes: int
     """Bytes of one stored parameter."""
 
@@ -51,41 +53,64 @@ def footprints(
     graph: ModelGraph,
     placements: Mapping[str, Placement],
     data_parallel: Mapping[str, Literal["shard", "replicate"]],
+    cuts: Mapping[str, tuple[range, ...]],
 ) -> dict[str, ModuleFootprint]:
     """Footprint of every placed module.
 
     Args:
         graph: a model in its stored dtype, not split; on the meta device it costs no memory.
         data_parallel: module to how it is kept over `dp`.
+        cuts: module to the blocks of each of its (virtual) stages, as `stage_cuts` says.
 
     Raises:
         LayoutError: a module has `tp` above 1, but no tensor-parallel plan.
     """
-    return {name: _footprint(graph, name, placement, data_parallel[name] == "shard") for name, placement in placements.items()}
+    return {
+        name: _footprint(graph, name, placement, data_parallel[name] == "shard", cuts[name])
+        for name, placement in placements.items()
+    }
 
 
-def _footprint(graph: ModelGraph, name: str, placement: Placement, sharded: bool) -> ModuleFootprint:
+def _footprint(graph: ModelGraph, name: str, placement: Placement, sharded: bool, cut: Sequence[range]) -> ModuleFootprint:
     layout = placement.layout
     parameters = graph.parameters(name)
     split = _split_dims(graph, name) if layout.tp > 1 else {}
-    # A model has a few distinct shapes and thousands of parameters.
-    shapes = Counter((tuple(value.shape), split.get(key)) for key, value in parameters.items())
     local = None
-    if layout.pp == layout.ep == layout.etp == 1:
+    if layout.ep == layout.etp == 1:
         lanes = layout.dp if sharded else 1
-        held = {
-            (tp, dp): sum(count * _part(shape, dim, layout.tp, tp, lanes, dp) for (shape, dim), count in shapes.items())
-            for tp in range(layout.tp)
-            for dp in range(lanes)
-        }
+        held = {}
+        for position in range(layout.pp):
+            own = _of_stages(graph, name, parameters, [cut[stage] for stage in range(position, len(cut), layout.pp)], len(cut))
+            # A model has a few distinct shapes and thousands of parameters.
+            shapes = Counter((tuple(value.shape), split.get(key)) for key, value in own.items())
+            for tp in range(layout.tp):
+                for dp in range(lanes):
+                    parts = (count * _part(shape, dim, layout.tp, tp, lanes, dp) for (shape, dim), count in shapes.items())
+                    held[position, tp, dp] = sum(parts)
         local = {}
         for rank in placement.ranks:
             coordinate = placement.coordinate(rank)
             assert coordinate is not None
-            local[rank] = held[coordinate["tp"], coordinate["dp"] if sharded else 0]
+            local[rank] = held[coordinate["pp"], coordinate["tp"], coordinate["dp"] if sharded else 0]
     first = next(iter(parameters.values()))
     whole = sum(value.numel() for value in parameters.values())
     return ModuleFootprint(whole, local, first.element_size())
+
+
+def _of_stages(
+    graph: ModelGraph, name: str, parameters: Mapping[str, nn.Parameter], stages: Sequence[range], count: int
+) -> Mapping[str, nn.Parameter]:
+    """The parameters on some of a module's `count` stages; tied ones under their first name."""
+    if count == 1:
+        return parameters
+    first = first_names(graph.model)
+    own = {
+        first[f"{path}.{key}"]
+        for path, block in parts_of(graph, name).owners().items()
+        if any(block in blocks for blocks in stages)
+        for key, _ in graph.model.get_submodule(path).named_parameters()
+    }
+    return {key: value for key, value in parameters.items() if key in own}
 
 
 def _part(shape: tuple[int, ...], dim: int | None, tp_size: int, tp: int, dp_size: int, dp: int) -> int:

@@ -4,18 +4,35 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from meshweave.config import LANGUAGE, RunConfig
+from meshweave.model.modules import VISION
+from meshweave.model.stages import stage_count
+
 VOCABULARY = 256
 
 
-def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
+def shrink_run(run: RunConfig, config: PreTrainedConfig) -> tuple[RunConfig, PreTrainedConfig]:
+    """A run's layout with random weights and samples on the smallest model that has blocks for all of its pipeline stages.
+
+    `layers` are left out: their sums are those of the large model, so the small one is cut anew.
+    """
+    small = shrink(config, vision_stages=stage_count(run, VISION), language_stages=stage_count(run, LANGUAGE))
+    modules = {name: module.model_copy(update={"layers": None}) for name, module in run.modules.items()}
+    return run.model_copy(update={"weights": "seeded", "data": None, "modules": modules}), small
+
+
+def shrink(config: PreTrainedConfig, *, vision_stages: int = 1, language_stages: int = 1) -> PreTrainedConfig:
     """A tiny config of the same architecture and the same numbers of attention heads, so that the same `tp` divides it.
 
-    Layers, widths, image size and vocabulary become small; special token ids move into the small vocabulary.
+    Layers, widths, image size and vocabulary become small; special token ids move into the small vocabulary. As many layers are
+    kept as the (virtual) pipeline stages need.
     """
     tree = config.to_dict()
     deepstack = tree["vision_config"].get("deepstack_visual_indexes") or ()
-    text = tree["text_config"] = _shrink_text(tree["text_config"], layers=max(2, len(deepstack)))
-    tree["vision_config"] = _shrink_vision(tree["vision_config"], len(deepstack), text["hidden_size"])
+    # The layers that deepstack features are added to are all on the first stage.
+    layers = max(2, len(deepstack), max(1, len(deepstack)) + language_stages - 1)
+    text = tree["text_config"] = _shrink_text(tree["text_config"], layers)
+    tree["vision_config"] = _shrink_vision(tree["vision_config"], len(deepstack), text["hidden_size"], vision_stages)
     names = [key for key in tree if key.endswith(("_token_id", "_token_index")) and isinstance(tree[key], int)]
     tree |= {name: number for number, name in enumerate(sorted(names), start=3)}
     return AutoConfig.for_model(**tree)
@@ -46,13 +63,18 @@ def _shrink_text(tree: dict[str, Any], layers: int) -> dict[str, Any]:
     return small
 
 
-def _shrink_vision(tree: dict[str, Any], deepstack: int, text_width: int) -> dict[str, Any]:
+def _shrink_vision(tree: dict[str, Any], deepstack: int, text_width: int, stages: int) -> dict[str, Any]:
     small = dict(tree)
     heads_key = "num_attention_heads" if "num_attention_heads" in tree else "num_heads"
     layers_key = "num_hidden_layers" if "num_hidden_layers" in tree else "depth"
     heads = tree[heads_key]
     patch = 4
-    small |= {layers_key: max(3, deepstack + 1), "hidden_size": heads * 8, "intermediate_size": heads * 8, "patch_size": patch}
+    small |= {
+        layers_key: max(3, deepstack + 1, stages),
+        "hidden_size": heads * 8,
+        "intermediate_size": heads * 8,
+        "patch_size": patch,
+    }
     if isinstance(tree.get("image_size"), int):
         small["image_size"] = 4 * patch
     if "out_hidden_size" in tree:

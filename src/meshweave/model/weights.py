@@ -18,65 +18,65 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.distributed.sharding_utils import DtensorShardOperation
 
 from meshweave.errors import CheckpointError
-from meshweave.model.modules import tied_names
 
-Read = Callable[[nn.Parameter | Tensor], Tensor]
-"""Given a target parameter, returns the values of its local part."""
+Read = Callable[[Tensor], Tensor]
+"""Given a target, returns the values of its local part."""
 
 
-def materialise(modules: Mapping[str, nn.Module], device: torch.device) -> None:
+def materialise(module: nn.Module, device: torch.device) -> None:
     """Replaces meta parameters and buffers by empty ones on `device`, keeping tied parameters tied."""
     made: dict[int, Any] = {}
-    for module in modules.values():
-        for owner in module.modules():
-            for table in (owner._parameters, owner._buffers):
-                for name, value in table.items():
-                    if value is None or not value.is_meta:
-                        continue
-                    if id(value) not in made:
-                        empty: Tensor = torch.empty_like(value, device=device)
-                        made[id(value)] = (
-                            nn.Parameter(empty, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else empty
-                        )
-                    table[name] = made[id(value)]
-        # FSDP notices new parameters when its module is moved, even to where it already is.
-        module.to(device)
+    for owner in module.modules():
+        for table in (owner._parameters, owner._buffers):
+            for name, value in table.items():
+                if value is None or not value.is_meta:
+                    continue
+                if id(value) not in made:
+                    empty: Tensor = torch.empty_like(value, device=device)
+                    made[id(value)] = (
+                        nn.Parameter(empty, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else empty
+                    )
+                table[name] = made[id(value)]
+    # FSDP notices new parameters when its module is moved, even to where it already is.
+    module.to(device)
 
 
-def fill_seeded(modules: Mapping[str, nn.Module], blueprint: PreTrainedModel, seed: int) -> None:
+def fill_seeded(targets: Mapping[str, Tensor], blueprint: PreTrainedModel, seed: int) -> None:
     """Fills parameters and buffers as transformers would initialise them, unit by unit, each from its own seed.
 
     A unit is a transformer block or another part without blocks. Its seed follows from `seed` and its name, so every
     parameter has the same value under every layout, and no more than one unit is ever whole in memory.
 
     Args:
-        modules: full name to (sharded, materialised) sub-module of the model.
-        blueprint: the same model on the meta device, not sharded.
+        targets: full name to (sharded, materialised) parameter or buffer; a tied one under its first name.
+        blueprint: the whole model on the meta device, not sharded.
     """
-    tied = tied_names(blueprint)
-    for prefix, module in modules.items():
-        for name, unit in _units(blueprint.get_submodule(prefix), prefix):
-            values = _initialised(blueprint, unit, name, seed)
-            _fill(module, prefix, {key: partial(local_part, full=value) for key, value in values.items() if key not in tied})
+    for name, unit in _units(blueprint, ""):
+        if any(key.startswith(f"{name}.") for key in targets):
+            for key, value in _initialised(blueprint, unit, name, seed).items():
+                if key in targets:
+                    _fill(targets[key], partial(local_part, full=value))
 
 
-def fill_pretrained(modules: Mapping[str, nn.Module], blueprint: PreTrainedModel, folder: Path) -> None:
+def fill_pretrained(targets: Mapping[str, Tensor], blueprint: PreTrainedModel, folder: Path) -> None:
     """Fills parameters from a model folder's safetensors, reading only this rank's slices; buffers as transformers builds them.
+
+    Arguments as for `fill_seeded`.
 
     Raises:
         CheckpointError: no safetensors in the folder, a parameter is missing, has another shape, or the checkpoint needs a
             conversion other than renaming.
     """
-    sources, tied = _checkpoint_sources(blueprint, folder), tied_names(blueprint)
-    for prefix, module in modules.items():
-        for name, unit in _units(blueprint.get_submodule(prefix), prefix):
-            buffers = _initialised(blueprint, unit, name, None)
-            _fill(module, prefix, {key: partial(local_part, full=value) for key, value in buffers.items()})
-        reads = {}
-        for key, parameter in blueprint.get_submodule(prefix).named_parameters(prefix=prefix):
-            if key not in tied:
-                reads[key] = _reader(sources, key, tuple(parameter.shape), folder)
-        _fill(module, prefix, reads)
+    sources = _checkpoint_sources(blueprint, folder)
+    for name, unit in _units(blueprint, ""):
+        if not any(key.startswith(f"{name}.") for key in targets):
+            continue
+        for key, value in _initialised(blueprint, unit, name, None).items():
+            if key in targets:
+                _fill(targets[key], partial(local_part, full=value))
+    for key, parameter in blueprint.named_parameters():
+        if key in targets:
+            _fill(targets[key], _reader(sources, key, tuple(parameter.shape), folder))
 
 
 def check_weights(blueprint: PreTrainedModel, folder: Path) -> None:
@@ -101,15 +101,11 @@ def local_part(target: Tensor, full: Any) -> Tensor:
     return full[...]
 
 
-def _fill(module: nn.Module, prefix: str, reads: Mapping[str, Read]) -> None:
-    targets: dict[str, Tensor] = dict(module.named_parameters(prefix=prefix, remove_duplicate=False))
-    targets |= dict(module.named_buffers(prefix=prefix, remove_duplicate=False))
-    with torch.no_grad():
-        for key, read in reads.items():
-            target = targets[key]
-            local = target.to_local() if isinstance(target, DTensor) else target
-            if local.numel():
-                local.copy_(read(target))
+@torch.no_grad()
+def _fill(target: Tensor, read: Read) -> None:
+    local = target.to_local() if isinstance(target, DTensor) else target
+    if local.numel():
+        local.copy_(read(target))
 
 
 def _units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -124,7 +120,7 @@ def _units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, nn.ModuleList):
             yield f"{name}.{key}", child
         else:
-            yield from _units(child, f"{name}.{key}")
+            yield from _units(child, f"{name}.{key}".lstrip("."))
 
 
 def _initialised(blueprint: PreTrainedModel, unit: nn.Module, name: str, seed: int | None) -> dict[str, Tensor]:
@@ -210,7 +206,7 @@ def _slice(handle: Any, file: Path, key: str, shape: tuple[int, ...]) -> Any:
 def _reader(sources: Mapping[str, tuple[Path, str]], name: str, shape: tuple[int, ...], folder: Path) -> Read:
     file, key = _source(sources, name, shape, folder)
 
-    def read(target: nn.Parameter | Tensor) -> Tensor:
+    def read(target: Tensor) -> Tensor:
         with safe_open(file, framework="pt") as handle:
             return local_part(target, _slice(handle, file, key, shape))
 

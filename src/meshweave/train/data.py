@@ -4,14 +4,17 @@ from typing import Any
 
 from transformers import AutoProcessor, PreTrainedConfig
 
+from meshweave.batch import EncoderPasses
 from meshweave.config import LANGUAGE, DataConfig, RunConfig
 from meshweave.data.dataset import Dataset, Source
-from meshweave.data.loader import Loader, require_full_step
+from meshweave.data.loader import EncoderRole, Loader, require_full_step
 from meshweave.data.processed import ProcessedDataset
 from meshweave.data.quickstart import DigitsSource
 from meshweave.data.sources.llava_json import LlavaJson
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import ConfigError
+from meshweave.layout import Placement
+from meshweave.schedule.schedule import Schedule
 from meshweave.train.world import World
 
 
@@ -55,18 +58,16 @@ def _processor(run: RunConfig) -> Any:
         raise ConfigError(f"model: {str(run.model)!r} has no processor that transformers can load ({error})") from error
 
 
-def build_loader(run: RunConfig, dataset: Dataset, world: World, *, training: bool = True) -> Loader:
+def build_loader(run: RunConfig, dataset: Dataset, world: World, schedule: Schedule, *, training: bool = True) -> Loader:
     """Loader of this rank's part of every step; without `training`, one ordered pass over everything."""
     language = world.placements[LANGUAGE]
-    encoders = {name: world.placements[name] for name in run.encoders}
     return Loader(
         dataset,
         batch_size=run.train.batch_size,
         microbatches=run.train.microbatches,
         language_lanes=language.layout.dp,
-        encoder_lanes={name: placement.layout.dp for name, placement in encoders.items()},
         language_lane=language.lane(world.rank),
-        encoder_lane={name: placement.lane(world.rank) for name, placement in encoders.items()},
+        encoders={name: _role(name, world.placements[name], schedule, world.rank) for name in run.encoders},
         rank=world.rank,
         world=world.size,
         group=world.data_group,
@@ -74,4 +75,25 @@ def build_loader(run: RunConfig, dataset: Dataset, world: World, *, training: bo
         shuffle=training,
         on_error=run.data.on_error if run.data else "stop",
         drop_last=training,
+    )
+
+
+def encoder_passes(encoder: str, placement: Placement, schedule: Schedule) -> EncoderPasses:
+    """What the batch planner has to know of an encoder's place in a schedule."""
+    shares = schedule.shares.get(encoder)
+    programs = [schedule.work.program_of(lane[0]) for lane in placement.lanes()]
+    of_lanes = None
+    if shares is not None:
+        of_lanes = tuple(tuple(part[program] for program in programs if program is not None) for part in shares)
+    return EncoderPasses(schedule.work.modules[encoder].per_pass, of_lanes)
+
+
+def _role(encoder: str, placement: Placement, schedule: Schedule, rank: int) -> EncoderRole:
+    coordinate = placement.coordinate(rank)
+    return EncoderRole(
+        lanes=placement.layout.dp,
+        lane=coordinate["dp"] if coordinate else None,
+        reads=coordinate is not None and coordinate["pp"] == 0,
+        passes=encoder_passes(encoder, placement, schedule),
+        together=schedule.streams(encoder),
     )

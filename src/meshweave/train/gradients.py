@@ -25,6 +25,23 @@ def sum_partial_gradients(module: LocalModule, mesh: DeviceMesh) -> None:
         grad.copy_(total.view_as(grad))
 
 
+def sum_tied_gradients(module: LocalModule, placement: Placement, rank: int) -> None:
+    """Sums the gradients of parameters that the first and the last pipeline stage both hold; one exchange per step."""
+    pipeline = placement.group(rank, "pp")
+    other = {pipeline[0]: pipeline[-1], pipeline[-1]: pipeline[0]}.get(rank)
+    for name in module.tied:
+        parameter = module.parameters[name]
+        if parameter.grad is None:  # a step without any text: no stage has one
+            continue
+        assert other is not None
+        (grad,) = local_gradients([parameter])
+        theirs = torch.empty_like(grad)
+        posts = [dist.P2POp(dist.isend, grad.clone(), other), dist.P2POp(dist.irecv, theirs, other)]
+        for work in dist.batch_isend_irecv(posts):
+            work.wait()
+        grad.add_(theirs)
+
+
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """This rank's part of every gradient that is there."""
     grads = (parameter.grad for parameter in parameters)
@@ -44,7 +61,8 @@ def counts_here(parameter: nn.Parameter, placement: Placement, rank: int) -> boo
 
 def squared_norm(module: LocalModule, placement: Placement, rank: int) -> Tensor:
     """This rank's share of the module's squared gradient norm (float64 scalar); shares add up over all ranks."""
-    grads = local_gradients(p for p in module.parameters.values() if counts_here(p, placement, rank))
+    counted = (p for name, p in module.parameters.items() if name not in module.copies and counts_here(p, placement, rank))
+    grads = local_gradients(counted)
     device = next(iter(module.parameters.values())).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     if grads:

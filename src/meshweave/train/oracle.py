@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 from meshweave.config import RunConfig
 from meshweave.data.dataset import Dataset
+from meshweave.model.frozen import frozen_names
 from meshweave.model.modules import graph_of
 from meshweave.train.optimizer import build_optimizer, build_schedule
 
@@ -34,6 +35,10 @@ class Oracle:
                     parameter.copy_(weights[name])
         self.model, self.run, self.dtype = model.train(), run, dtype
         graph = graph_of(model)
+        for module, options in run.modules.items():
+            parameters = graph.parameters(module)
+            for name in frozen_names(options, parameters):
+                parameters[name].requires_grad_(False)
         self.optimizer = build_optimizer(run, {name: graph.parameters(name) for name in run.modules})
         self.schedule = build_schedule(run, self.optimizer)
 

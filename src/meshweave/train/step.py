@@ -1,25 +1,22 @@
-"""How is one step worked? Encoder forward, boundary, language model, boundary back, encoder backward; then one update.
-
-The boundary is crossed between phases, outside autograd: each side runs its own backward, on whichever ranks it lives.
-"""
+"""How is one step worked? Its schedule is executed, gradients are summed; then one update."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from meshweave.batch import MicrobatchPlan
-from meshweave.boundary import TransferPlan, transfer
 from meshweave.boundary.crossing import plan_crossing
 from meshweave.config import LANGUAGE
-from meshweave.data.loader import LanguageBatch, LocalMicrobatch, LocalStep, MediaBatch
+from meshweave.data.loader import LocalStep
 from meshweave.parallel.build import LocalModel
-from meshweave.parallel.data import synchronize_gradients
-from meshweave.train.gradients import scale_gradients, squared_norm, sum_partial_gradients
+from meshweave.schedule.runtime import Place, execute
+from meshweave.schedule.schedule import Schedule
+from meshweave.schedule.simulate import Span
+from meshweave.train.gradients import scale_gradients, squared_norm, sum_partial_gradients, sum_tied_gradients
+from meshweave.train.token_mail import Crossings
+from meshweave.train.worker import StepWorker, Travel
 from meshweave.train.world import World
 
 
@@ -50,44 +47,51 @@ class Totals:
 
 
 def run_step(
-    model: LocalModel, step: LocalStep, world: World, widths: tuple[int, ...], dtype: torch.dtype, *, backward: bool = True
+    model: LocalModel,
+    step: LocalStep,
+    world: World,
+    schedule: Schedule,
+    travel: Travel,
+    clocked: list[Span] | None = None,
 ) -> Totals:
-    """Works every microbatch of a step and leaves summed gradients on the parameters; `backward` False only evaluates.
+    """Works a step as the schedule says and leaves summed gradients on the parameters, where the schedule has any backward.
 
     Args:
-        widths: width of every tensor of a media token (`media_widths`).
-        dtype: dtype in which media tokens and their gradients travel.
+        clocked: gets the span of every computation of this rank, if given.
+
+    Raises:
+        RankError: a peer hangs or is gone.
     """
-    plans = step.plan.microbatches
-    crossed = {name: (0, 0) for name in world.placements if name != LANGUAGE}
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
-    for number, (plan, local) in enumerate(zip(plans, step.microbatches, strict=True)):
-        for name, part in model.modules.items():
-            # Reduce once, in the last microbatch in which the module works at all.
-            works_later = any(name == LANGUAGE or later.items.get(name) for later in plans[number + 1 :])
-            synchronize_gradients(part.module, not works_later)
-        crossings = {
-            encoder: plan_crossing(plan, encoder, world.placements, world.node_size)
-            for encoder, items in plan.items.items()
-            if items
-        }
-        for encoder, crossing in crossings.items():
-            there, back = crossed[encoder]
-            crossed[encoder] = (there + crossing.tokens_moved, back + (crossing.transpose().tokens_moved if backward else 0))
-        with torch.set_grad_enabled(backward), _named_faults(world, f"microbatch {number}"):
-            sums += _run_microbatch(model, plan, local, crossings, world, widths, dtype, backward)
+    crossings = {
+        (encoder, number): plan_crossing(plan, encoder, world.placements, world.node_size)
+        for number, plan in enumerate(step.plan.microbatches)
+        for encoder, items in plan.items.items()
+        if items
+    }
+    worker = StepWorker(model, step, world, schedule, crossings, travel)
+    execute(Place(schedule, world.rank, world.timeout_seconds, world.device.type == "cuda"), worker, clocked)
+    backward = schedule.work.modules[LANGUAGE].backward
     norms = torch.zeros(len(world.placements), dtype=torch.float64, device=world.device)
-    if backward:
-        for index, name in enumerate(world.placements):
-            if name in model.modules:
-                sum_partial_gradients(model.modules[name], world.meshes[name])
-                norms[index] = squared_norm(model.modules[name], world.placements[name], world.rank)
-    totals = torch.cat([sums, norms])
+    for index, (name, placement) in enumerate(world.placements.items() if backward else ()):
+        if name in model.modules:
+            sum_partial_gradients(model.modules[name], world.meshes[name])
+            sum_tied_gradients(model.modules[name], placement, world.rank)
+            norms[index] = squared_norm(model.modules[name], placement, world.rank)
+    totals = torch.cat([worker.sums, norms])
     if world.size > 1:
         dist.all_reduce(totals)
     loss_sum, targets, exact, samples, *squares = totals.tolist()
     squared_norms = dict(zip(world.placements, squares, strict=True)) if backward else {}
-    return Totals(loss_sum, int(targets), int(exact), int(samples), squared_norms, crossed)
+    return Totals(loss_sum, int(targets), int(exact), int(samples), squared_norms, _crossed(crossings, schedule))
+
+
+def _crossed(crossings: Crossings, schedule: Schedule) -> dict[str, tuple[int, int]]:
+    crossed = dict.fromkeys(schedule.work.encoders, (0, 0))
+    for (encoder, _), crossing in crossings.items():
+        there, back = crossed[encoder]
+        returned = crossing.transpose().tokens_moved if schedule.work.modules[encoder].backward else 0
+        crossed[encoder] = there + crossing.tokens_moved, back + returned
+    return crossed
 
 
 def finish_gradients(model: LocalModel, totals: Totals, max_grad_norm: float | None) -> bool:
@@ -101,94 +105,3 @@ def finish_gradients(model: LocalModel, totals: Totals, max_grad_norm: float | N
     clip = min(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm is not None else 1.0
     scale_gradients(model.modules, clip / max(1, totals.targets))
     return True
-
-
-@contextmanager
-def _named_faults(world: World, action: str) -> Iterator[None]:
-    """Adds to any exception where it happened; inner actions first."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"on rank {world.rank}: {action}")
-        raise
-
-
-def _run_microbatch(
-    model: LocalModel,
-    plan: MicrobatchPlan,
-    local: LocalMicrobatch,
-    crossings: Mapping[str, TransferPlan],
-    world: World,
-    widths: tuple[int, ...],
-    dtype: torch.dtype,
-    backward: bool,
-) -> Tensor:
-    encoded: dict[str, tuple[Tensor, MediaBatch]] = {}
-    received: dict[str, Tensor] = {}
-    nothing = torch.zeros(0, sum(widths), dtype=dtype, device=world.device)
-    for encoder, crossing in crossings.items():
-        batch = local.media.get(encoder)
-        if batch is not None:
-            inputs = {name: _to_device(value, world.device, dtype) for name, value in batch.inputs.items()}
-            with _named_faults(world, f"{encoder} forward"):
-                encoded[encoder] = torch.cat(model.modules[encoder].module(**inputs), dim=1), batch
-        tokens = nothing if batch is None or batch.dummy else encoded[encoder][0].detach()
-        with _named_faults(world, f"{encoder} → {LANGUAGE}"):
-            received[encoder] = transfer(crossing, tokens, world.rank)
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
-    if local.language is not None:
-        for tokens in received.values():
-            tokens.requires_grad_(backward)
-        with _named_faults(world, f"{LANGUAGE} forward"):
-            loss, counts = _language_forward(model, plan, local.language, received, widths, world)
-        if backward:
-            with _named_faults(world, f"{LANGUAGE} backward"):
-                loss.backward()
-        if world.leads_lane:
-            sums = torch.stack([loss.detach().double(), *counts.unbind()])
-    if backward:
-        for encoder, crossing in crossings.items():
-            gradient = received[encoder].grad
-            # A lane without media, or a rank outside the language model, has no rows to send.
-            with _named_faults(world, f"{LANGUAGE} → {encoder}"):
-                gradient = transfer(crossing.transpose(), nothing if gradient is None else gradient, world.rank)
-            if encoder in encoded:
-                output, batch = encoded[encoder]
-                with _named_faults(world, f"{encoder} backward"):
-                    output.backward(torch.zeros_like(output) if batch.dummy else gradient)
-    return sums
-
-
-def _language_forward(
-    model: LocalModel,
-    plan: MicrobatchPlan,
-    batch: LanguageBatch,
-    received: Mapping[str, Tensor],
-    widths: tuple[int, ...],
-    world: World,
-) -> tuple[Tensor, Tensor]:
-    """Loss sum of this lane, and its numbers of targets, exact samples and samples (float64 `[3]`)."""
-    lane = world.placements[LANGUAGE].lane(world.rank)
-    assert lane is not None
-    media: tuple[Tensor, ...] = ()
-    grids = None
-    for encoder, tokens in received.items():  # `graph_of` lets models with one encoder pass
-        if len(tokens):
-            media = tokens.split(widths, dim=1)
-            found = [plan.items[encoder][number].meta.grid for number in plan.language_items(encoder)[lane]]
-            grids = torch.tensor(found, device=world.device) if all(found) else None
-    labels = batch.labels.to(world.device)
-    loss, exact = model.modules[LANGUAGE].module(
-        input_ids=batch.input_ids.to(world.device), labels=labels, media=media, grids=grids
-    )
-    samples = len(plan.lanes[lane])
-    targets = (labels[:, 1:] != -100).sum()
-    counts = torch.zeros(3, dtype=torch.float64, device=world.device)
-    counts[0] = targets
-    counts[1] = exact[:samples].sum() if exact is not None else 0
-    counts[2] = samples
-    return loss, counts
-
-
-def _to_device(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return value.to(device, dtype) if value.is_floating_point() else value.to(device)

@@ -20,11 +20,14 @@ from meshweave.model.modules import graph_of, media_widths
 from meshweave.parallel.build import LocalModel, build_model
 from meshweave.report.curves import draw_loss_curve
 from meshweave.report.summary import Crossing, Summary
+from meshweave.schedule.schedule import Schedule
 from meshweave.train.data import build_datasets, build_loader
 from meshweave.train.export import export_model
 from meshweave.train.metrics import MetricsLog
 from meshweave.train.optimizer import build_optimizer, build_schedule, peak_rate, rate_factor
-from meshweave.train.step import Totals, finish_gradients, run_step
+from meshweave.train.schedules import plan_schedules
+from meshweave.train.step import finish_gradients, run_step
+from meshweave.train.worker import Travel
 from meshweave.train.world import World
 
 logger = logging.getLogger(__name__)
@@ -50,22 +53,22 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig) -> Summary:
         CheckpointError: the model folder's weights do not fit.
     """
     training, held_out = build_datasets(run, config)
-    loader = build_loader(run, training, world)
+    schedules = plan_schedules(run, config, world.placements, training)
+    loader = build_loader(run, training, world, schedules.training)
     model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
-    schedule = build_schedule(run, optimizer)
+    rates = build_schedule(run, optimizer)
     graph = graph_of(blueprint_of(config, STORED[run.dtype]))
     flops = {name: count_flops(graph, name) for name in run.modules}
-    widths, dtype = media_widths(config), TRAVELS_AS[run.dtype]
-    token_bytes = sum(widths) * dtype.itemsize
+    travel = Travel(media_widths(config), TRAVELS_AS[run.dtype])
+    token_bytes = sum(travel.widths) * travel.dtype.itemsize
     log = MetricsLog(run.output) if world.rank == 0 else None
     records: list[dict[str, Any]] = []
     with _progress(world, run.train.steps) as progress:
         task = progress.add_task("training", total=run.train.steps, shown="")
         started = time.perf_counter()
         for number, step in enumerate(loader.steps(0, run.train.steps)):
-            totals = run_step(model, step, world, widths, dtype)
-            rates = {name: peak_rate(run, name) * rate_factor(run.train, number) for name in run.modules}
+            totals = run_step(model, step, world, schedules.training, travel)
             updated = finish_gradients(model, totals, run.train.max_grad_norm)
             if updated:
                 optimizer.step()
@@ -73,7 +76,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig) -> Summary:
                 logger.warning(
                     "step %d: loss %s or its gradient is not finite; the update is skipped on all ranks", number, totals.loss
                 )
-            schedule.step()
+            rates.step()
             optimizer.zero_grad()
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -82,7 +85,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig) -> Summary:
                 "step": number,
                 "loss": totals.loss,
                 "grad_norm": totals.grad_norm,
-                "lr": rates,
+                "lr": {name: peak_rate(run, name) * rate_factor(run.train, number) for name in run.modules},
                 "seconds": now - started,
                 "tokens": step_tokens(step.plan),
                 "tokens_per_second": step_tokens(step.plan) / (now - started),
@@ -100,7 +103,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig) -> Summary:
             progress.update(task, advance=1, shown=shown)
             if world.rank == 0 and not progress.console.is_terminal and (number + 1) % run.train.log_every == 0:
                 progress.console.print(f"step {number + 1:>6}/{run.train.steps}  {shown}")
-    evaluation = evaluate(world, run, model, held_out, widths, dtype) if held_out is not None else None
+    evaluation = evaluate(world, run, model, held_out, schedules.evaluation, travel) if held_out is not None else None
     export_model(world, model, config, run.dtype, run.model, run.output / "model")
     if log is not None:
         draw_loss_curve(records, run.output / "loss.png")
@@ -108,21 +111,19 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig) -> Summary:
     return _summary(run, records, evaluation)
 
 
-def evaluate(
-    world: World, run: RunConfig, model: LocalModel, dataset: Dataset, widths: tuple[int, ...], dtype: torch.dtype
-) -> Evaluation:
+def evaluate(world: World, run: RunConfig, model: LocalModel, dataset: Dataset, schedule: Schedule, travel: Travel) -> Evaluation:
     """One forward pass over held-out data, in the run's layouts.
 
     A sample is exact if every target token is the most likely one given those before it: what greedy decoding would write.
     """
-    loader = build_loader(run, dataset, world, training=False)
+    loader = build_loader(run, dataset, world, schedule, training=False)
     for part in model.modules.values():
-        part.module.eval()
-    results: list[Totals] = [
-        run_step(model, step, world, widths, dtype, backward=False) for step in loader.steps(0, loader.steps_per_epoch)
-    ]
+        for stage in part.stages.values():
+            stage.eval()
+    results = [run_step(model, step, world, schedule, travel) for step in loader.steps(0, loader.steps_per_epoch)]
     for part in model.modules.values():
-        part.module.train()
+        for stage in part.stages.values():
+            stage.train()
     targets = sum(totals.targets for totals in results)
     return Evaluation(
         sum(totals.loss_sum for totals in results) / max(1, targets),

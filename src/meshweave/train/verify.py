@@ -17,13 +17,15 @@ from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import ConfigError
 from meshweave.model.blueprint import STORED
 from meshweave.model.modules import media_widths
-from meshweave.parallel.build import LocalModel, build_model
-from meshweave.parallel.gather import whole
+from meshweave.parallel.build import build_model
+from meshweave.train.collect import gather_led, whole_values
 from meshweave.train.data import build_datasets, build_loader
 from meshweave.train.optimizer import build_optimizer, build_schedule
 from meshweave.train.oracle import Oracle
 from meshweave.train.precision import full_precision
+from meshweave.train.schedules import plan_schedules
 from meshweave.train.step import Totals, finish_gradients, run_step
+from meshweave.train.worker import Travel
 from meshweave.train.world import World
 
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4}
@@ -72,8 +74,8 @@ class VerifyReport:
 def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -> VerifyReport:
     """Takes `steps` optimizer steps in the run's layouts and in the plain model; compares loss, every gradient, every weight.
 
-    The batches are those of the run's data, or random ones where it names none. The first rank of each module runs the
-    plain model, and compares that module.
+    The batches are those of the run's data, or random ones where it names none. Rank 0 runs the
+    plain model and compares with it what the ranks of all modules send.
 
     Raises:
         ConfigError: the run's dtype has no tolerance.
@@ -91,43 +93,42 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
     else:
         dataset, _ = build_datasets(run, config)
     model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
-    loader = build_loader(run, dataset, world)
+    schedule = plan_schedules(run, config, world.placements, dataset).training
+    loader = build_loader(run, dataset, world, schedule)
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
-    schedule = build_schedule(run, optimizer)
-    leads = [name for name, placement in world.placements.items() if placement.ranks[0] == world.rank]
-    initial = _gather_initial(world, model) if run.weights == "seeded" else None
-    oracle = Oracle(run, config, initial, dtype) if leads else None
+    rates = build_schedule(run, optimizer)
+    initial = gather_led(model, world, whole_values(model)) if run.weights == "seeded" else None
+    oracle = Oracle(run, config, initial, dtype) if world.rank == 0 else None
     loss, gradient, drift = Worst(), Worst(), Worst()
     samples = items = 0
     for number in range(steps):
         step = loader.step(number)
         with full_precision(dtype):
-            totals = run_step(model, step, world, media_widths(config), dtype)
-        gradients = _whole_values(model, gradients=True)
+            totals = run_step(model, step, world, schedule, Travel(media_widths(config), dtype))
+        gradients = whole_values(model, gradients=True)
         drift = max(drift, _replica_drift(world, gradients, number), key=lambda worst: worst.error)
+        gathered = gather_led(model, world, gradients)
         if oracle is not None:
             with full_precision(dtype):
                 expected_loss, targets, expected = oracle.backward(dataset, _readable(loader, number, step))
             loss = max(loss, _loss_error(totals, expected_loss, targets, number), key=lambda worst: worst.error)
-            actual = {name: value / max(1, totals.targets) for name, value in gradients.items()}
-            names = [name for lead in leads for name in model.modules[lead].parameters]
-            gradient = max(gradient, _worst(actual, expected, names, number), key=lambda worst: worst.error)
+            actual = {name: value / max(1, totals.targets) for name, value in gathered.items()}
+            gradient = max(gradient, _worst(actual, expected, number), key=lambda worst: worst.error)
             oracle.update()
         if finish_gradients(model, totals, run.train.max_grad_norm):
             optimizer.step()
-        schedule.step()
+        rates.step()
         optimizer.zero_grad()
         samples += totals.samples
         items += sum(len(found) for plan in step.plan.microbatches for found in plan.items.values())
-    weights = _whole_values(model, gradients=False)
+    weights = gather_led(model, world, whole_values(model))
     gradient = max(gradient, drift, key=lambda worst: worst.error)
     weight, compared = Worst(), 0
     if oracle is not None:
-        names = [name for lead in leads for name in model.modules[lead].parameters]
-        compared = len(names)
-        weight = _worst(weights, oracle.parameters(), names, steps - 1)
+        expected = oracle.parameters()
+        weight, compared = _worst(weights, expected, steps - 1), len(expected)
     mine = VerifyReport(steps, run.dtype, TOLERANCES[run.dtype], loss, gradient, weight, compared, samples, items)
-    return _combine(mine, world)
+    return _from_first(mine, world)
 
 
 def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -173,53 +174,18 @@ def _readable(loader: Loader, number: int, step: LocalStep) -> list[int]:
     return [sample for sample in ids if sample in planned] if step.skipped else ids
 
 
-def _gather_initial(world: World, model: LocalModel) -> dict[str, Tensor]:
-    """Every module's whole parameters, on the first rank of every module."""
-    gathered: dict[str, Tensor] = {}
-    leaders = sorted({placement.ranks[0] for placement in world.placements.values()})
-    mine = _whole_values(model, gradients=False)
-    led = {
-        name: mine[name]
-        for module, placement in world.placements.items()
-        if placement.ranks[0] == world.rank
-        for name in model.modules[module].parameters
-    }
-    if world.size == 1:
-        return led
-    everyone: list[dict[str, Tensor] | None] = [None] * world.size
-    dist.all_gather_object(everyone, {name: value.cpu() for name, value in led.items()}, group=world.data_group)
-    for leader in leaders:
-        gathered |= everyone[leader] or {}
-    return gathered
-
-
-def _whole_values(model: LocalModel, *, gradients: bool) -> dict[str, Tensor]:
-    values = {}
-    for part in model.modules.values():
-        for name, parameter in part.parameters.items():
-            value = parameter.grad if gradients else parameter
-            if value is not None:
-                values[name] = whole(value)
-    return values
-
-
 def _loss_error(totals: Totals, expected: float, targets: int, step: int) -> Worst:
     if totals.targets != targets:
         return Worst(float("inf"), f"{totals.targets} target tokens, the plain model has {targets}", step)
     return Worst(_finite(abs(totals.loss - expected) / max(abs(expected), 1e-12)), "loss", step)
 
 
-def _worst(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: list[str], step: int) -> Worst:
+def _worst(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], step: int) -> Worst:
     squares = [float(value.double().square().sum()) for value in expected.values()]
     floor = _FLOOR * sum(squares) ** 0.5
-    worst = Worst(step=step)
-    for name in names:
-        mine, theirs = actual.get(name), expected.get(name)
-        if mine is None and theirs is None:
-            continue
-        zero = torch.zeros((), dtype=torch.float64)
-        mine = zero if mine is None else mine.double().cpu()
-        theirs = zero if theirs is None else theirs.double()
+    worst, zero = Worst(step=step), torch.zeros((), dtype=torch.float64)
+    for name in {**expected, **actual}:
+        mine, theirs = actual.get(name, zero).double(), expected.get(name, zero).double()
         error = _finite(float((mine - theirs).norm()) / max(float(theirs.norm()), floor, 1e-300))
         if error >= worst.error:
             worst = Worst(error, name, step)
@@ -230,16 +196,10 @@ def _finite(error: float) -> float:
     return error if error == error else float("inf")
 
 
-def _combine(mine: VerifyReport, world: World) -> VerifyReport:
+def _from_first(mine: VerifyReport, world: World) -> VerifyReport:
+    """Rank 0's report, on every rank: it alone has compared."""
     if world.size == 1:
         return mine
-    reports: list[VerifyReport] = [mine] * world.size
-    dist.all_gather_object(reports, mine, group=world.data_group)
-    worst = {
-        kind: max((getattr(report, kind) for report in reports), key=lambda found: found.error)
-        for kind in ("loss", "gradient", "weight")
-    }
-    parameters = sum(report.parameters for report in reports)
-    return VerifyReport(
-        mine.steps, mine.dtype, mine.tolerance, **worst, parameters=parameters, samples=mine.samples, media_items=mine.media_items
-    )
+    reports = [mine]
+    dist.broadcast_object_list(reports, src=0, group=world.data_group)
+    return reports[0]

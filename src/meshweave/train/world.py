@@ -39,12 +39,17 @@ class World:
     data_group: dist.ProcessGroup | None
     """Gloo group of all ranks for the data loader's thread; None for a single process."""
     node_size: int | None = None
+    timeout_seconds: float = 600.0
+    """How long a rank waits for another before it ends the run."""
 
     @property
     def leads_lane(self) -> bool:
-        """Whether this rank reports its language-model lane's loss, which the other ranks of the lane repeat."""
-        coordinate = self.placements[LANGUAGE].coordinate(self.rank)
-        return coordinate is not None and all(index == 0 for axis, index in coordinate.items() if axis != "dp")
+        """Whether this rank reports its language-model lane's loss, which other ranks of the lane's last stage repeat."""
+        language = self.placements[LANGUAGE]
+        coordinate = language.coordinate(self.rank)
+        if coordinate is None or coordinate["pp"] != language.layout.pp - 1:
+            return False
+        return all(index == 0 for axis, index in coordinate.items() if axis not in ("dp", "pp"))
 
 
 def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result | None:
@@ -134,7 +139,7 @@ def _with_process_group(
         where = placements(run)
         meshes = build_meshes(where, device.type)
         data_group = dist.new_group(backend="gloo", timeout=timeout) if run.world_size > 1 else None
-        world = World(rank, run.world_size, device, where, meshes, data_group, run.node_size)
+        world = World(rank, run.world_size, device, where, meshes, data_group, run.node_size, run.timeout_seconds)
         result = work(world, run)
         # A rank that leaves early now and then aborts the others.
         dist.barrier()

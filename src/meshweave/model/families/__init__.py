@@ -5,11 +5,17 @@ from transformers import PreTrainedConfig
 from meshweave.config import LANGUAGE
 from meshweave.errors import LayoutError
 from meshweave.model.families import clip, qwen2_5_vl, qwen3_vl, siglip
-from meshweave.model.families.plan import TensorPlan, matches
+from meshweave.model.families.plan import CutPlan, TensorPlan, matches
 from meshweave.model.modules import ModelGraph
 
 PLANS: dict[str, TensorPlan] = clip.PLANS | siglip.PLANS | qwen2_5_vl.PLANS | qwen3_vl.PLANS
 """`model_type` of a sub-model to its tensor-parallel plan, where transformers has none."""
+
+CUTS: dict[str, CutPlan] = clip.CUTS | siglip.CUTS | qwen2_5_vl.CUTS | qwen3_vl.CUTS
+"""`model_type` of an encoder to where it may be cut into pipeline stages."""
+
+LANGUAGE_CUT = CutPlan(blocks="layers", before=("embed_tokens",))
+"""transformers' text models are built alike."""
 
 PROVEN = frozenset({"llava", "qwen2_5_vl", "qwen3_vl"})
 """`model_type`s that the tests verify; others take the generic path."""
@@ -41,6 +47,28 @@ def tensor_plans(graph: ModelGraph, name: str) -> dict[str, TensorPlan]:
                     f"modules.{name}: the tensor-parallel plan of {child} names {pattern!r}, which is not there; set its tp to 1"
                 )
     return found
+
+
+def cut_plan(graph: ModelGraph, name: str) -> tuple[str, CutPlan]:
+    """Full name of the sub-model that holds a module's blocks, and where it may be cut.
+
+    Raises:
+        LayoutError: no sub-model has a plan, or the plan names something that is not there.
+    """
+    for child, module in graph.of_module(name).items():
+        config = getattr(module, "config", None)
+        plan = LANGUAGE_CUT if name == LANGUAGE else CUTS.get(getattr(config, "model_type", ""))
+        if config is None or plan is None:
+            continue
+        there = {key for key, _ in module.named_modules()}
+        lacking = sorted({plan.blocks, *plan.before, *plan.added} - there)
+        if lacking:
+            raise LayoutError(
+                f"modules.{name}: {child} has no {', '.join(lacking)}, where {config.model_type} models are cut into pipeline "
+                "stages; set its pp to 1"
+            )
+        return child, plan
+    raise LayoutError(f"modules.{name}: it is not known where this module may be cut into pipeline stages; set its pp to 1")
 
 
 def _plan_of(config: PreTrainedConfig | None) -> TensorPlan | None:

@@ -1,6 +1,6 @@
 """CLIP vision towers."""
 
-from meshweave.model.families.plan import TensorPlan
+from meshweave.model.families.plan import CutPlan, TensorPlan
 
 BLOCK_RULES = {
     "encoder.layers.*.self_attn.q_proj": "colwise",
@@ -12,3 +12,5 @@ BLOCK_RULES = {
 }
 
 PLANS = {"clip_vision_model": TensorPlan(rules=BLOCK_RULES)}
+
+CUTS = {"clip_vision_model": CutPlan(blocks="encoder.layers", before=("embeddings", "pre_layrnorm"), extra_positions=1)}

@@ -1,4 +1,4 @@
-"""How does a model split over `tp`? As data, next to the model it belongs to."""
+"""How does a model split over `tp`, and where may it be cut into stages? As data, next to the model it belongs to."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -21,6 +21,25 @@ class TensorPlan:
     """Module or parameter name, `*` for a layer number, to the name of a transformers style."""
     heads: Mapping[str, str] = field(default_factory=dict)
     """Module name to the attribute that counts its heads, where the forward reads it: it is divided by `tp`."""
+
+
+@dataclass(frozen=True)
+class CutPlan:
+    """How one transformers model may be cut into pipeline stages: between its blocks. Names are relative to it."""
+
+    blocks: str
+    """The list of blocks."""
+    before: tuple[str, ...]
+    """Modules that run before the blocks and whose output is the hidden state."""
+    added: tuple[str, ...] = ()
+    """Modules before the blocks whose output is added to the hidden state."""
+    taps: str | None = None
+    """List of modules, each of which turns the output of one block into a further feature of every media token."""
+    tapped: str | None = None
+    """Key of the config that lists the number of the block of each tap."""
+    extra_positions: int | None = None
+    """Encoders with a hidden state `[items, positions, width]`: positions beside the patches; None where it is
+    `[patches of all items, width]`."""
 
 
 def matches(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:

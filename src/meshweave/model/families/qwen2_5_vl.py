@@ -1,6 +1,6 @@
 """Qwen2.5-VL vision towers: fused query-key-value, gated MLP, window attention."""
 
-from meshweave.model.families.plan import PACKED_QKV, TensorPlan
+from meshweave.model.families.plan import PACKED_QKV, CutPlan, TensorPlan
 
 PLANS = {
     "qwen2_5_vl_vision": TensorPlan(
@@ -16,3 +16,5 @@ PLANS = {
         heads={"blocks.*.attn": "num_heads"},
     ),
 }
+
+CUTS = {"qwen2_5_vl_vision": CutPlan(blocks="blocks", before=("patch_embed",))}

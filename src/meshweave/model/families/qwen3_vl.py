@@ -2,7 +2,7 @@
 
 from transformers import Qwen3Config
 
-from meshweave.model.families.plan import PACKED_QKV, TensorPlan
+from meshweave.model.families.plan import PACKED_QKV, CutPlan, TensorPlan
 
 _MERGER_RULES = {"linear_fc1": "colwise", "linear_fc2": "rowwise"}
 
@@ -19,4 +19,14 @@ PLANS = {
         heads={"blocks.*.attn": "num_heads"},
     ),
     "qwen3_vl_text": TensorPlan(rules=Qwen3Config.base_model_tp_plan),
+}
+
+CUTS = {
+    "qwen3_vl_vision": CutPlan(
+        blocks="blocks",
+        before=("patch_embed",),
+        added=("pos_embed",),
+        taps="deepstack_merger_list",
+        tapped="deepstack_visual_indexes",
+    )
 }

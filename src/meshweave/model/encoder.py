@@ -1,0 +1,76 @@
+"""How does one stage of an encoder run, and what does it receive?"""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from meshweave.batch import MediaMeta
+from meshweave.model.cut import Cut, Wire, stage_model
+from meshweave.model.families import CUTS
+from meshweave.model.modules import ModelGraph, media_widths
+
+
+class EncoderStage(nn.Module):
+    """One pipeline stage of an encoder; the last holds its projector. State: sub-modules shared with the transformers model."""
+
+    def __init__(self, graph: ModelGraph, name: str, blocks: range) -> None:
+        """Raises LayoutError: it is not known where the encoder may be cut."""
+        super().__init__()
+        self.first = blocks.start == 0
+        self.last = blocks.stop == len(graph.blocks(name))
+        self._wire = Wire()
+        model = stage_model(graph, name, blocks, self._wire)
+        for child in graph.children[name]:
+            self.add_module(child.rpartition(".")[2], model.get_submodule(child))
+        # In a tuple, so that it is not registered as a child: FSDP shall see this module's parameters only.
+        self._base: tuple[Any, ...] = (model.base_model,)
+
+    def forward(self, inputs: Mapping[str, Tensor], received: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+        """Encodes media items.
+
+        Args:
+            inputs: what the model's image processor returns, items concatenated along dim 0; later stages go without
+                `pixel_values`.
+            received: what the stage before returned; nothing for the first.
+
+        Returns:
+            Of the last stage one or more tensors per media token, each `[tokens, hidden]`: the embeddings, then any deepstack
+            features. Of another the hidden state (`received_shapes`), then the features made so far.
+        """
+        self._wire.received = tuple(received)
+        if not self.first:
+            # Only looked at in passing, by what runs before the blocks.
+            inputs = {**inputs, "pixel_values": received[0].detach()}
+        try:
+            output = self._base[0].get_image_features(**inputs, return_dict=True)
+        except Cut as cut:
+            return (cut.hidden, *self._wire.received[1:], *self._wire.made)
+        finally:
+            self._wire.received, self._wire.made = (), []
+        features = getattr(output, "deepstack_features", None) or ()
+        return tuple(torch.cat(tuple(tensors)) for tensors in (output.pooler_output, *features))
+
+
+def received_shapes(config: PreTrainedConfig, blocks: range, items: Sequence[MediaMeta]) -> tuple[tuple[int, ...], ...]:
+    """Shapes of what the encoder stage of `blocks` receives from the one before it, for a pass over `items`.
+
+    The hidden state is `[patches of all items, width]` or `[items, positions, width]`, as the family has it; each deepstack
+    feature is `[media tokens, hidden]`.
+    """
+    if blocks.start == 0:
+        return ()
+    vision = config.vision_config
+    plan = CUTS[vision.model_type]
+    if plan.extra_positions is None:
+        hidden: tuple[int, ...] = (sum(prod(item.grid or ()) for item in items), vision.hidden_size)
+    else:
+        positions = (vision.image_size // vision.patch_size) ** 2 + plan.extra_positions
+        hidden = (len(items), positions, vision.hidden_size)
+    tapped = getattr(vision, plan.tapped) if plan.tapped else ()
+    tokens = sum(item.tokens for item in items)
+    widths = media_widths(config)[1:]
+    return (hidden, *((tokens, width) for width, number in zip(widths, sorted(tapped), strict=True) if number < blocks.start))

@@ -1,0 +1,1 @@
+"""When? Actions, generators, checker and simulator, all pure; and the runtime that executes exactly the list."""

@@ -1,0 +1,1 @@
+"""In which order is a step worked? One file a generator."""

@@ -1,0 +1,35 @@
+"""How long did actions take? Durations out of a timeline, with which any other schedule can be simulated."""
+
+from collections import defaultdict
+from statistics import median
+
+from meshweave.errors import ScheduleError
+from meshweave.schedule.actions import COMPUTE
+from meshweave.schedule.durations import Durations, Key
+from meshweave.schedule.schedule import Schedule
+from meshweave.schedule.simulate import Timeline
+
+
+def durations_of(timeline: Timeline, schedule: Schedule) -> Durations:
+    """Medians of what a timeline shows of each kind of action of each stage, in seconds.
+
+    What the timeline does not show, such as messages that were not clocked, takes no time.
+
+    Args:
+        schedule: what ran; a row's seconds of a pass are divided by its share of it, and do not count if that is 0.
+
+    Raises:
+        ScheduleError: a row's ranks are none of the schedule's.
+    """
+    found: dict[Key, list[float]] = defaultdict(list)
+    for ranks, spans in zip(timeline.ranks, timeline.spans, strict=True):
+        program = schedule.work.program_of(ranks[0])
+        if program is None:
+            raise ScheduleError(f"rank {ranks[0]} has a row in the timeline, but no place in the schedule")
+        for action, start, stop in spans:
+            share = schedule.share(action.module, action.microbatch, program) if action.kind in COMPUTE else 1.0
+            if share:
+                found[action[:3]].append((stop - start) / share)
+    for action, start, stop in timeline.messages:
+        found[action[:3]].append(stop - start)
+    return Durations({key: median(seconds) for key, seconds in found.items()})

@@ -1,0 +1,129 @@
+"""Which schedules does a run follow, and on what grounds? Durations of actions, from model FLOPs of typical samples."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from transformers import PreTrainedConfig
+
+from meshweave.batch import SampleMeta, StepPlan, plan_step
+from meshweave.config import LANGUAGE, RunConfig
+from meshweave.data.dataset import Dataset
+from meshweave.errors import DataError
+from meshweave.layout import Placement
+from meshweave.model.blueprint import STORED, TRAVELS_AS, blueprint_of
+from meshweave.model.flops import TRAINING_FACTOR, count_flops
+from meshweave.model.modules import ModelGraph, graph_of, media_widths
+from meshweave.model.parts import parts_of
+from meshweave.model.stages import stage_costs, stage_cuts
+from meshweave.schedule.actions import Kind
+from meshweave.schedule.durations import Durations, Key
+from meshweave.schedule.plan import plan_schedule
+from meshweave.schedule.schedule import Schedule
+from meshweave.schedule.work import StepWork
+
+_LOOKED_AT = 256
+"""Samples whose metadata the durations are estimated from, at most."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one rank achieves. The defaults are of the order of one data-centre GPU; only their ratio decides on a schedule."""
+
+    flops_per_second: float = 4e14
+    bytes_per_second: float = 4e10
+    seconds_per_message: float = 2e-5
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """Of a run's steps, and of the forward passes of its evaluation."""
+
+    training: Schedule
+    evaluation: Schedule
+
+
+def plan_schedules(run: RunConfig, config: PreTrainedConfig, placements: Mapping[str, Placement], dataset: Dataset) -> Schedules:
+    """Schedules that every rank arrives at alike, from the run file and the data's first samples.
+
+    Raises:
+        ConfigError, ScheduleError: as `plan_schedule`.
+    """
+    durations = model_durations(run, config, placements, typical_step(run, dataset))
+    return Schedules(plan_schedule(run, placements, durations), plan_schedule(run, placements, durations, training=False))
+
+
+def typical_step(run: RunConfig, dataset: Dataset) -> StepPlan:
+    """A step of the data's first readable samples, planned in the run's lanes; of fewer samples where a step takes very many."""
+    metas: list[SampleMeta] = []
+    for index in range(
+        min(run.train.batch_size, len(dataset), max(_LOOKED_AT, run.train.microbatches * run.modules[LANGUAGE].dp))
+    ):
+        try:
+            metas.append(dataset.meta(index))
+        except DataError:
+            continue  # a run skips it, too
+    return plan_step(
+        metas,
+        microbatches=run.train.microbatches,
+        language_lanes=run.modules[LANGUAGE].dp,
+        encoder_lanes={name: run.modules[name].dp for name in run.encoders},
+    )
+
+
+def model_durations(
+    run: RunConfig,
+    config: PreTrainedConfig,
+    placements: Mapping[str, Placement],
+    typical: StepPlan,
+    speed: Speed | None = None,
+) -> Callable[[StepWork], Durations]:
+    """Seconds of the actions of any work of this run, from model FLOPs, message sizes and a speed."""
+    graph = graph_of(blueprint_of(config, STORED[run.dtype]))
+    return partial(_durations, run, graph, placements, typical, speed or Speed())
+
+
+def _durations(
+    run: RunConfig, graph: ModelGraph, placements: Mapping[str, Placement], typical: StepPlan, speed: Speed, work: StepWork
+) -> Durations:
+    table: dict[Key, float] = {}
+    for name, module in work.modules.items():
+        layout = placements[name].layout
+        ranks = layout.dp * layout.cp * layout.tp
+        forward = _forward_flops(graph, name, typical) / module.passes(work.microbatches) / ranks / speed.flops_per_second
+        message = _message_bytes(run, graph, name, typical) / work.microbatches
+        carried = speed.seconds_per_message + message / layout.dp / speed.bytes_per_second
+        for stage, share in enumerate(_stage_shares(run, graph, name)):
+            table[Kind.FORWARD, name, stage] = forward * share
+            table[Kind.BACKWARD, name, stage] = forward * share * (TRAINING_FACTOR - 1)
+            table[Kind.INPUT_GRADIENT, name, stage] = table[Kind.WEIGHT_GRADIENT, name, stage] = forward * share
+            for kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD, Kind.SEND_TOKENS, Kind.SEND_TOKEN_GRADIENTS):
+                table[kind, name, stage] = carried
+    return Durations(table)
+
+
+def _stage_shares(run: RunConfig, graph: ModelGraph, name: str) -> list[float]:
+    """The share of a module's work that lies on each of its stages."""
+    cut = stage_cuts(run, graph)[name]
+    if len(cut) == 1:
+        return [1.0]
+    costs = stage_costs(graph, name, parts_of(graph, name))
+    whole = [sum(costs.blocks[block] for block in blocks) for blocks in cut]
+    whole[0] += costs.first
+    whole[-1] += costs.last
+    return [cost / sum(whole) for cost in whole]
+
+
+def _forward_flops(graph: ModelGraph, name: str, plan: StepPlan) -> float:
+    flops = count_flops(graph, name)
+    if name == LANGUAGE:
+        return sum(flops.sample(sample.tokens) for part in plan.microbatches for lane in part.lanes for sample in lane)
+    return sum(flops.item(item.meta) for part in plan.microbatches for item in part.items[name])
+
+
+def _message_bytes(run: RunConfig, graph: ModelGraph, name: str, plan: StepPlan) -> float:
+    """Of a step's activations between two stages of a module; for an encoder, of its media tokens."""
+    widths, size = media_widths(graph.model.config), TRAVELS_AS[run.dtype].itemsize
+    if name == LANGUAGE:
+        return size * widths[0] * sum(sample.tokens for part in plan.microbatches for lane in part.lanes for sample in lane)
+    return size * sum(widths) * sum(sum(part.item_tokens(name)) for part in plan.microbatches)
