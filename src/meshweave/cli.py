@@ -1,4 +1,4 @@
-"""The command line: train, inspect, verify."""
+"""The command line: train, inspect, simulate, verify."""
 
 import json
 import logging
@@ -14,6 +14,7 @@ from rich.logging import RichHandler
 
 from meshweave.config import load_config
 from meshweave.errors import MeshweaveError, RankError
+from meshweave.layout import placements
 
 app = typer.Typer(
     add_completion=False,
@@ -30,12 +31,19 @@ Overrides = Annotated[
 
 
 @app.command("train")
-def train_command(run_file: RunFile, overrides: Overrides = None) -> None:
+def train_command(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Clock one step on all ranks: timeline as PNG and for Perfetto.")
+    ] = False,
+) -> None:
     """Train. Starts one local process per rank; under torchrun or Slurm it joins the world that is there."""
     from meshweave.model.blueprint import read_model_config
     from meshweave.model.check import check_executable, check_model
     from meshweave.report.summary import render_summary
     from meshweave.train.data import build_datasets
+    from meshweave.train.schedules import plan_schedules
     from meshweave.train.trainer import train
     from meshweave.train.world import launch
 
@@ -44,8 +52,10 @@ def train_command(run_file: RunFile, overrides: Overrides = None) -> None:
         config = read_model_config(run.model)
         check_model(run, config)
         check_executable(run, config)
-        build_datasets(run, config)  # what is wrong with the data shall show before processes start
-        summary = launch(run, partial(train, config=config))
+        # What is wrong with the data, or with the schedule, shall show before processes start.
+        training, _ = build_datasets(run, config)
+        plan_schedules(run, config, placements(run), training)
+        summary = launch(run, partial(train, config=config, trace=trace))
         if summary is not None:
             Console().print(render_summary(summary))
 
@@ -59,6 +69,28 @@ def inspect_command(run_file: RunFile, overrides: Overrides = None) -> None:
 
     def work() -> None:
         inspect_run(load_config(run_file, overrides or ()), Console())
+
+    _run(work)
+
+
+@app.command("simulate")
+def simulate_command(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    tflops: Annotated[float, typer.Option(min=1e-6, help="TFLOP/s that a rank achieves.")] = 400.0,
+    gbps: Annotated[float, typer.Option(min=1e-6, help="GB/s between two ranks.")] = 40.0,
+    measured: Annotated[
+        Path | None,
+        typer.Option(metavar="MEASURED.JSON", help="Take durations from this trace of `train --trace`; draw it beside."),
+    ] = None,
+) -> None:
+    """Clock a step's schedule without running it: step time, bubbles, activations; timeline as PNG and for Perfetto."""
+    from meshweave.train.schedules import Speed
+    from meshweave.train.simulate import simulate_run
+
+    def work() -> None:
+        speed = Speed(flops_per_second=tflops * 1e12, bytes_per_second=gbps * 1e9)
+        simulate_run(load_config(run_file, overrides or ()), Console(), speed, measured)
 
     _run(work)
 
@@ -77,9 +109,10 @@ def verify_command(
     """Train a few steps in the run's layouts and in the plain Hugging Face model; exit 1 if they differ past the tolerance."""
     from meshweave.model.blueprint import read_model_config
     from meshweave.model.check import check_executable, check_model
-    from meshweave.model.shrink import shrink
+    from meshweave.model.shrink import shrink_run
     from meshweave.report.verification import render_verification
-    from meshweave.train.data import build_datasets
+    from meshweave.train.data import dataset_of
+    from meshweave.train.schedules import plan_schedules
     from meshweave.train.verify import verify
     from meshweave.train.world import launch
 
@@ -88,11 +121,10 @@ def verify_command(
         config = read_model_config(run.model)
         check_model(run, config)
         if shrunk:
-            config = shrink(config)
+            run, config = shrink_run(run, config)
             run = run.model_copy(update={"weights": "seeded", "data": None})
         check_executable(run, config)
-        if run.data is not None:
-            build_datasets(run, config)
+        plan_schedules(run, config, placements(run), dataset_of(run, config))
         report = launch(run, partial(verify, config=config, steps=steps))
         if report is None:
             return

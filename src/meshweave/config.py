@@ -164,7 +164,7 @@ class ScheduleConfig(_Strict):
     virtual_stages: PositiveInt = 2
     """`interleaved`: pieces of the language model that each of its ranks holds."""
     macro_batch: PositiveInt | None = None
-    """`three_phase` and `graph_1f1b`: language-model microbatches that one encoder pass serves; if left out, all of them and one."""
+    """`three_phase`, `graph_1f1b`: language-model microbatches that one encoder pass serves; left out: all of them, and one."""
 
 
 class TrainConfig(_Strict):

@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from meshweave.data.dataset import RawSample
-from meshweave.data.loader import Loader
+from meshweave.data.loader import EncoderRole, Loader
 from meshweave.data.processed import ProcessedDataset
 from meshweave.data.sources.llava_json import ImageFile, LlavaJson
 from meshweave.errors import ConfigError, DataError
@@ -246,9 +246,8 @@ def read_folder(rank: int, folder):
         batch_size=8,
         microbatches=1,
         language_lanes=2,
-        encoder_lanes={"vision": 2},
         language_lane=rank,
-        encoder_lane={"vision": rank},
+        encoders={"vision": EncoderRole(2, rank)},
         rank=rank,
         world=2,
         group=dist.new_group(backend="gloo"),

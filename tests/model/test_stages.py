@@ -125,12 +125,13 @@ def run_cut(
             arrived.append(received)
             ends.append((out, received))
     hidden = None
+    media = {VISION: received} if received else None
     for piece in languages[:-1]:
-        out = piece(batch.ids, received if piece.first else (), batch.grids, hidden)
+        out = piece(batch.ids, media if piece.first else None, batch.grids, hidden)
         (hidden,) = crossing([out])
         ends.append(([out], [hidden]))
     last = languages[-1]
-    loss, exact = last(batch.ids, received if last.first else (), batch.grids, hidden, batch.labels)
+    loss, exact = last(batch.ids, media if last.first else None, batch.grids, hidden, batch.labels)
     assert exact is None
     loss.backward()
     for out, after in reversed(ends):
@@ -163,7 +164,7 @@ def test_a_cut_model_has_the_loss_and_gradients_of_the_whole(
         assert torch.equal(gradient, whole[name]), name
     assert {name: id(module) for name, module in graph.model.named_modules()} == before
     for blocks, tensors in zip(vision[1:], arrived, strict=bool(batch.inputs)):
-        assert received_shapes(graph.model.config, blocks, batch.items) == tuple(tensor.shape for tensor in tensors)
+        assert received_shapes(graph.model.config, "vision", blocks, batch.items) == tuple(tensor.shape for tensor in tensors)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,6 +16,7 @@ from meshweave.layout import placements
 from meshweave.model.blueprint import blueprint_of
 from meshweave.model.footprint import footprints
 from meshweave.model.modules import graph_of
+from meshweave.model.stages import stage_cuts
 from meshweave.report.layout_map import render_layout_map, title
 from meshweave.report.traffic import boundary_traffic
 
@@ -59,8 +60,8 @@ def _map(modules, top, with_traffic=True):
         samples = [dataset.meta(index) for index in range(64)]
         language_lanes = lanes.pop("language")
         plan = plan_step(samples, microbatches=1, language_lanes=language_lanes, encoder_lanes=lanes)
-        traffic = boundary_traffic(plan, placed, 128, run.node_size)
-    return render_layout_map(run, placed, footprints(graph, placed, kinds), traffic), traffic
+        traffic = boundary_traffic(plan, placed, {"vision": 128}, run.node_size)
+    return render_layout_map(run, placed, footprints(graph, placed, kinds, stage_cuts(run, graph)), traffic), traffic
 
 
 def _text(renderable, width):
@@ -152,10 +153,17 @@ def test_interleaved_ranks_are_grouped_by_their_modules():
 
 
 def test_a_layout_that_is_not_built_yet_shows_its_geometry_without_inventing_parameters():
-    lines = _squeezed(_text(_map(*WORLDS["1024 ranks, pipeline"])[0], 140))
-    assert any(line.startswith("1016-1023 – lane 63 · stage 1/2 · tp 0-7/8 ?") for line in lines)
+    modules = {"vision": {"ranks": "0-511"}, "language": {"ranks": "0-1023", "tp": 8, "ep": 2}}
+    lines = _squeezed(_text(_map(modules, {"node_size": 8})[0], 140))
     assert "parameters 23.7 K in all; a rank's part is not known yet for this layout" in lines
     assert any(line.startswith("Fullest rank: 0, at least ") for line in lines)
+
+
+def test_a_pipeline_shows_each_ranks_stage_and_its_part():
+    lines = _squeezed(_text(_map(*WORLDS["1024 ranks, pipeline"])[0], 140))
+    (last,) = [line for line in lines if line.startswith("1016-1023 ")]
+    assert last.startswith("1016-1023 – lane 63 · stage 1/2 · tp 0-7/8 ")
+    assert not last.endswith("?")
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -89,7 +89,7 @@ def _expected(plan, placed):
 def test_every_rank_receives_what_it_needs_and_does_not_hold_and_not_a_token_more(case, seed):
     placed, node_size = _placed(case)
     plan = _plan(placed, seed=seed)
-    (traffic,) = boundary_traffic(plan, placed, 128, node_size)
+    (traffic,) = boundary_traffic(plan, placed, {"vision": 128}, node_size)
     for direction, (received, copied) in zip((traffic.forward, traffic.backward), _expected(plan, placed), strict=True):
         assert direction.received == {rank: tokens for rank, tokens in received.items() if tokens}
         assert direction.moved == direction.lower_bound == sum(received.values())
@@ -103,13 +103,13 @@ def test_every_rank_receives_what_it_needs_and_does_not_hold_and_not_a_token_mor
 
 def test_without_a_node_size_nothing_counts_as_between_nodes():
     placed, _ = _placed("disjoint")
-    (traffic,) = boundary_traffic(_plan(placed), placed, 4)
+    (traffic,) = boundary_traffic(_plan(placed), placed, {"vision": 4})
     assert traffic.forward.between_nodes == 0 < traffic.forward.moved
 
 
 def test_between_nodes_a_token_crosses_once_for_all_the_replicas_there():
     placed = {"vision": Placement(Layout(), (0,)), "language": Placement(Layout(tp=4), (4, 5, 6, 7))}
-    (traffic,) = boundary_traffic(_plan(placed), placed, 4, node_size=4)
+    (traffic,) = boundary_traffic(_plan(placed), placed, {"vision": 4}, node_size=4)
     assert traffic.forward.between_nodes == traffic.tokens
     assert traffic.forward.moved == 4 * traffic.tokens
 
@@ -118,7 +118,7 @@ def test_a_step_of_text_alone_moves_nothing():
     placed, _ = _placed("colocated")
     samples = [SampleMeta(number, 5) for number in range(4)]
     plan = plan_step(samples, microbatches=1, language_lanes=2, encoder_lanes={"vision": 4})
-    (traffic,) = boundary_traffic(plan, placed, 4)
+    (traffic,) = boundary_traffic(plan, placed, {"vision": 4})
     assert (traffic.items, traffic.tokens, traffic.forward.moved, traffic.backward.copied) == (0, 0, 0, 0)
     assert traffic.forward.sent == traffic.forward.received == {}
 
@@ -135,7 +135,7 @@ def test_every_encoder_has_its_own_boundary():
     ]
     lanes = {"vision": 2, "audio": 1}
     plan = plan_step(samples, microbatches=1, language_lanes=2, encoder_lanes=lanes)
-    vision, audio = boundary_traffic(plan, placed, 4)
+    vision, audio = boundary_traffic(plan, placed, {"vision": 4, "audio": 4})
     assert (vision.encoder, vision.tokens, audio.encoder, audio.tokens) == ("vision", 4, "audio", 5)
     assert (audio.forward.moved, audio.forward.sent) == (5, {2: 5})
 
@@ -147,6 +147,6 @@ def test_4096_ranks_are_counted_quickly():
     }
     plan = _plan(placed, count=4096, microbatches=1)
     start = time.perf_counter()
-    (traffic,) = boundary_traffic(plan, placed, 4, node_size=8)
+    (traffic,) = boundary_traffic(plan, placed, {"vision": 4}, node_size=8)
     assert time.perf_counter() - start < 5.0
     assert traffic.forward.moved == traffic.forward.lower_bound > 0

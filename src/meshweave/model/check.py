@@ -11,7 +11,7 @@ from meshweave.layout import placements
 from meshweave.model.blueprint import blueprint_of
 from meshweave.model.families import PROVEN, tensor_plans
 from meshweave.model.frozen import frozen_names, lost_texts
-from meshweave.model.modules import VISION, ModelGraph, graph_of
+from meshweave.model.modules import ModelGraph, graph_of, module_config
 from meshweave.model.stages import stage_cuts
 from meshweave.model.weights import check_weights
 
@@ -42,7 +42,7 @@ def check_model(run: RunConfig, config: PreTrainedConfig) -> None:
         graph = graph_of(blueprint_of(config, torch.float32))
     except ValueError as error:
         raise ConfigError(f"model: transformers knows no image-text model of type {config.model_type!r}") from error
-    parts = {VISION: config.vision_config, LANGUAGE: config.get_text_config()}
+    parts = {name: module_config(config, name) for name in graph.children}
     wrong = [
         f"modules.{name}: a {config.model_type} model has no such module; it has {', '.join(parts)}"
         for name in run.modules

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from meshweave.batch import MediaMeta
 from meshweave.model.cut import Cut, Wire, stage_model
 from meshweave.model.families import CUTS
-from meshweave.model.modules import ModelGraph, media_widths
+from meshweave.model.modules import ENCODERS, ModelGraph, media_widths, module_config
 
 
 class EncoderStage(nn.Module):
@@ -27,14 +27,15 @@ class EncoderStage(nn.Module):
         for child in graph.children[name]:
             self.add_module(child.rpartition(".")[2], model.get_submodule(child))
         # In a tuple, so that it is not registered as a child: FSDP shall see this module's parameters only.
-        self._base: tuple[Any, ...] = (model.base_model,)
+        self._kind = ENCODERS[name]
+        self._features: tuple[Any, ...] = (getattr(model.base_model, self._kind.getter),)
 
     def forward(self, inputs: Mapping[str, Tensor], received: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
         """Encodes media items.
 
         Args:
-            inputs: what the model's image processor returns, items concatenated along dim 0; later stages go without
-                `pixel_values`.
+            inputs: what the model's processor returns, items concatenated along dim 0; later stages go without the media
+                themselves.
             received: what the stage before returned; nothing for the first.
 
         Returns:
@@ -44,9 +45,9 @@ class EncoderStage(nn.Module):
         self._wire.received = tuple(received)
         if not self.first:
             # Only looked at in passing, by what runs before the blocks.
-            inputs = {**inputs, "pixel_values": received[0].detach()}
+            inputs = {**inputs, self._kind.given[0]: received[0].detach()}
         try:
-            output = self._base[0].get_image_features(**inputs, return_dict=True)
+            output = self._features[0](**inputs, return_dict=True)
         except Cut as cut:
             return (cut.hidden, *self._wire.received[1:], *self._wire.made)
         finally:
@@ -55,7 +56,9 @@ class EncoderStage(nn.Module):
         return tuple(torch.cat(tuple(tensors)) for tensors in (output.pooler_output, *features))
 
 
-def received_shapes(config: PreTrainedConfig, blocks: range, items: Sequence[MediaMeta]) -> tuple[tuple[int, ...], ...]:
+def received_shapes(
+    config: PreTrainedConfig, encoder: str, blocks: range, items: Sequence[MediaMeta]
+) -> tuple[tuple[int, ...], ...]:
     """Shapes of what the encoder stage of `blocks` receives from the one before it, for a pass over `items`.
 
     The hidden state is `[patches of all items, width]` or `[items, positions, width]`, as the family has it; each deepstack
@@ -63,7 +66,7 @@ def received_shapes(config: PreTrainedConfig, blocks: range, items: Sequence[Med
     """
     if blocks.start == 0:
         return ()
-    vision = config.vision_config
+    vision = module_config(config, encoder)
     plan = CUTS[vision.model_type]
     if plan.extra_positions is None:
         hidden: tuple[int, ...] = (sum(prod(item.grid or ()) for item in items), vision.hidden_size)
@@ -72,5 +75,5 @@ def received_shapes(config: PreTrainedConfig, blocks: range, items: Sequence[Med
         hidden = (len(items), positions, vision.hidden_size)
     tapped = getattr(vision, plan.tapped) if plan.tapped else ()
     tokens = sum(item.tokens for item in items)
-    widths = media_widths(config)[1:]
+    widths = media_widths(config)[encoder][1:]
     return (hidden, *((tokens, width) for width, number in zip(widths, sorted(tapped), strict=True) if number < blocks.start))

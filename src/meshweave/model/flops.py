@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from meshweave.batch import MediaMeta
 from meshweave.config import LANGUAGE
-from meshweave.model.modules import ModelGraph
+from meshweave.model.modules import ModelGraph, module_config
 
 TRAINING_FACTOR = 3
 """A backward costs two forwards."""
@@ -69,7 +69,8 @@ def product_flops(module: nn.Module) -> int:
 
 def _attention_width(model: PreTrainedModel, name: str) -> int:
     if name != LANGUAGE:
-        return model.config.vision_config.hidden_size
+        width: int = module_config(model.config, name).hidden_size
+        return width
     text = model.config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return text.num_attention_heads * head_dim

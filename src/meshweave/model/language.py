@@ -1,7 +1,7 @@
 """How does one stage of the language model run, and what is its loss?"""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from meshweave.config import LANGUAGE
 from meshweave.model.cut import Cut, Wire, stage_model
-from meshweave.model.modules import ModelGraph
+from meshweave.model.modules import ENCODERS, ModelGraph
 
 
 class LanguageStage(nn.Module):
@@ -38,7 +38,7 @@ class LanguageStage(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        media: Sequence[Tensor] = (),
+        media: Mapping[str, Sequence[Tensor]] | None = None,
         grids: Tensor | None = None,
         hidden: Tensor | None = None,
         labels: Tensor | None = None,
@@ -47,8 +47,8 @@ class LanguageStage(nn.Module):
 
         Args:
             input_ids: `[batch, length]`, padded on the right, media placeholders expanded; on every stage, for position ids.
-            media: first stage only; per tensor of a media token `[tokens, hidden]`, in the order of the placeholders; empty
-                without media.
+            media: first stage only; encoder to, per tensor of a media token, `[tokens, hidden]`, in the order of the
+                placeholders; without an encoder that has none.
             grids: `[items, 3]` patches of each item in time, height and width, for models whose position ids need it; on every
                 stage.
             hidden: `[batch, length, hidden]` from the stage before; None on the first.
@@ -60,9 +60,7 @@ class LanguageStage(nn.Module):
         """
         extra: dict[str, object] = {}
         if media:
-            embeddings, *deepstack = media
-            encoded = SimpleNamespace(pooler_output=[embeddings], deepstack_features=[[feature] for feature in deepstack])
-            extra["mm_encoder_outputs"] = {"image": encoded}
+            extra["mm_encoder_outputs"] = {ENCODERS[name].output: _encoded(*tensors) for name, tensors in media.items()}
         if grids is not None and self._wants_types:
             extra["image_grid_thw"] = grids
         if self._wants_types:
@@ -78,6 +76,11 @@ class LanguageStage(nn.Module):
         assert labels is not None
         logits = self._head[0](output)
         return token_loss(logits, labels), None if torch.is_grad_enabled() else exact_samples(logits, labels)
+
+
+def _encoded(embeddings: Tensor, *deepstack: Tensor) -> SimpleNamespace:
+    """Encoder outputs, as the model's own getter would return them."""
+    return SimpleNamespace(pooler_output=[embeddings], deepstack_features=[[feature] for feature in deepstack])
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:

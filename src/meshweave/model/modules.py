@@ -1,7 +1,7 @@
 """Which modules does a transformers model have? The generic adapter.
 
-Nothing here knows an architecture: `get_image_features` runs encoder and projector, and the base model's own forward, given
-encoder outputs computed elsewhere (`mm_encoder_outputs`), merges them, builds the position ids and runs the language model.
+Nothing here knows an architecture: `get_image_features` and its like run encoder and projector, and the base model's own forward,
+given encoder outputs computed elsewhere (`mm_encoder_outputs`), merges them, builds the position ids and runs the language model.
 """
 
 import inspect
@@ -17,8 +17,29 @@ from meshweave.errors import LayoutError
 VISION = "vision"
 """Name of the module that encodes images."""
 
-_GIVEN = ("self", "pixel_values", "image_grid_thw")
-"""What an image encoder may ask for."""
+AUDIO = "audio"
+"""Name of the module that encodes sound."""
+
+
+@dataclass(frozen=True)
+class EncoderKind:
+    """What transformers calls the things that belong to one kind of encoder."""
+
+    getter: str
+    """Method of the base model that runs encoder and projector."""
+    output: str
+    """Key of its result in `mm_encoder_outputs`."""
+    config: str
+    """Key of its config in the model's."""
+    given: tuple[str, ...]
+    """What the getter may ask for, the media themselves first."""
+
+
+ENCODERS = {
+    VISION: EncoderKind("get_image_features", "image", "vision_config", ("pixel_values", "image_grid_thw")),
+    AUDIO: EncoderKind("get_audio_features", "audio", "audio_config", ("input_features",)),
+}
+"""Module name to how transformers' models run it; a model has some of these."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +69,10 @@ class ModelGraph:
 
 
 def graph_of(model: PreTrainedModel) -> ModelGraph:
-    """Finds the modules of a transformers image-text model.
+    """Finds the modules of a transformers model with an image encoder, and perhaps an audio encoder, before a language model.
 
     Raises:
-        LayoutError: the model has no separate encoder, or its encoders cannot be told apart.
+        LayoutError: the model has no separate encoder, or what an encoder needs is not known.
     """
     base: Any = model.base_model
     where = f"{type(model).__name__}"
@@ -59,21 +80,21 @@ def graph_of(model: PreTrainedModel) -> ModelGraph:
         raise LayoutError(
             f"{where}: meshweave needs a model whose base has `language_model` and `get_image_features`; this one lacks them"
         )
-    if hasattr(base, "get_audio_features"):
-        raise LayoutError(f"{where} has several encoders, which is not built yet")
     if "mm_encoder_outputs" not in inspect.signature(type(base).forward).parameters:
         raise LayoutError(f"{where}: its forward does not accept encoder outputs computed elsewhere (`mm_encoder_outputs`)")
-    needed = inspect.signature(base.get_image_features).parameters.values()
-    lacking = [p.name for p in needed if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in _GIVEN]
-    if lacking:
-        raise LayoutError(f"{where}: its image encoder also wants {', '.join(lacking)}, which is not built yet")
+    encoders = [name for name, kind in ENCODERS.items() if hasattr(base, kind.getter)]
+    for name in encoders:
+        needed = inspect.signature(getattr(base, ENCODERS[name].getter)).parameters.values()
+        given = ("self", *ENCODERS[name].given)
+        lacking = [p.name for p in needed if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in given]
+        if lacking:
+            raise LayoutError(f"{where}: its {name} encoder also wants {', '.join(lacking)}, which is not built yet")
     prefix = model.base_model_prefix
     names = [name for name, child in base.named_children() if name != "language_model" and _has_parameters(child)]
     heads = [name for name, child in model.named_children() if child is not base and _has_parameters(child)]
-    graph = ModelGraph(
-        model,
-        {VISION: tuple(f"{prefix}.{name}" for name in names), LANGUAGE: (f"{prefix}.language_model", *heads)},
-    )
+    owner = {name: next((encoder for encoder in encoders if encoder in name), encoders[0]) for name in names}
+    children = {encoder: tuple(f"{prefix}.{name}" for name in names if owner[name] == encoder) for encoder in encoders}
+    graph = ModelGraph(model, {**children, LANGUAGE: (f"{prefix}.language_model", *heads)})
     held = {name for module in graph.children for name in graph.parameters(module)}
     loose = sorted(set(model.state_dict(keep_vars=True)) - held - tied_names(model))
     if loose:
@@ -93,10 +114,19 @@ def first_names(model: nn.Module) -> dict[str, str]:
     return {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
-def media_widths(config: PreTrainedConfig) -> tuple[int, ...]:
-    """Width of every tensor that belongs to one media token: its embedding, then any deepstack features."""
-    deepstack = getattr(config.vision_config, "deepstack_visual_indexes", None) or ()
-    return (config.get_text_config().hidden_size,) * (1 + len(deepstack))
+def module_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """The part of a model's config that belongs to one module."""
+    part: PreTrainedConfig = config.get_text_config() if name == LANGUAGE else getattr(config, ENCODERS[name].config)
+    return part
+
+
+def media_widths(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Encoder to the widths of the tensors that belong to one of its media tokens: the embedding, then any deepstack features."""
+    widths = {}
+    for name, kind in ENCODERS.items():
+        deepstack = getattr(getattr(config, kind.config, None), "deepstack_visual_indexes", None) or ()
+        widths[name] = (config.get_text_config().hidden_size,) * (1 + len(deepstack))
+    return widths
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from operator import add
 from meshweave.config import LANGUAGE, RunConfig
 from meshweave.errors import LayoutError
 from meshweave.model.flops import product_flops
-from meshweave.model.modules import ModelGraph
+from meshweave.model.modules import VISION, ModelGraph, module_config
 from meshweave.model.parts import Parts, parts_of
 
 
@@ -49,7 +49,7 @@ def stage_costs(graph: ModelGraph, name: str, parts: Parts) -> StageCosts:
     merged = 1
     if name != LANGUAGE:
         # What comes after the blocks runs once for each media token, which may be several patches.
-        merged = getattr(graph.model.config.vision_config, "spatial_merge_size", 1) ** 2
+        merged = getattr(module_config(graph.model.config, name), "spatial_merge_size", 1) ** 2
     blocks = [cost([path]) for path in parts.blocks]
     for path, number in parts.taps.items():
         blocks[number] += cost([path]) / merged
@@ -173,7 +173,7 @@ def _least_blocks(graph: ModelGraph, name: str, count: int) -> tuple[int, int]:
     config = graph.model.config
     if name == LANGUAGE:
         return max(1, len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())), 1
-    selected = getattr(config, "vision_feature_layer", None)
+    selected = getattr(config, "vision_feature_layer", None) if name == VISION else None
     if selected is None:
         return 1, 1
     # Hidden state i is what block i takes in; the last one is the output of the last block.

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meshweave.layout import format_ranks
-from meshweave.report.text import ranks_text
+from meshweave.report.text import ranks_text, time_text
 from meshweave.schedule.check import Peaks
 from meshweave.schedule.schedule import Schedule
 from meshweave.schedule.simulate import Timeline
@@ -39,24 +39,6 @@ def render_simulation(schedule: Schedule, timeline: Timeline, peaks: Peaks) -> R
         table.add_row(ranks, busy, bubble, *_module_cells(schedule, peaks, [_program(schedule, timeline, row) for row in rows]))
     explained = "held: most microbatches whose activations a rank keeps at once, each virtual stage counted"
     return Group(_heading(schedule, timeline), "", table, "", Text(explained, style="dim"))
-
-
-def time_text(seconds: float) -> str:
-    """Three digits and a unit that fits: `33.0 s`, `4.20 ms`, `812 µs`."""
-    size, unit = time_unit(seconds)
-    return f"{_digits(seconds / size)} {unit}"
-
-
-def time_unit(seconds: float) -> tuple[float, str]:
-    """Seconds and name of the unit in which a time reads best."""
-    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= 0.9995 * size:
-            return size, unit
-    return (1e-6, "µs") if seconds else (1.0, "s")
-
-
-def _digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 99.95 or not value else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
 def _percent(share: float) -> str:

@@ -38,6 +38,20 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def time_text(seconds: float) -> str:
+    """Three digits and a unit that fits: `33.0 s`, `4.20 ms`, `812 µs`."""
+    size, unit = time_unit(seconds)
+    return f"{_digits(seconds / size) if seconds else 0} {unit}"
+
+
+def time_unit(seconds: float) -> tuple[float, str]:
+    """Seconds and name of the unit in which a time reads best."""
+    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if seconds >= 0.9995 * size:
+            return size, unit
+    return (1e-6, "µs") if seconds else (1.0, "s")
+
+
 def ranks_text(ranks: Sequence[int], width: int = 24) -> str:
     """Ranks in order, shortened in the middle where their list would be longer than `width`: `0,8,…,504`."""
     text = format_ranks(tuple(ranks))

@@ -16,8 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from meshweave.config import LANGUAGE
 from meshweave.report.layout_picture import COLOURS, FAINT, IDLE, INK
-from meshweave.report.simulation import time_text, time_unit
-from meshweave.report.text import ranks_text
+from meshweave.report.text import ranks_text, time_text, time_unit
 from meshweave.schedule.actions import Kind
 from meshweave.schedule.simulate import Span, Timeline
 

@@ -47,15 +47,17 @@ class BoundaryTraffic:
 
 
 def boundary_traffic(
-    plan: StepPlan, placements: Mapping[str, Placement], token_bytes: int, node_size: int | None = None
+    plan: StepPlan, placements: Mapping[str, Placement], token_bytes: Mapping[str, int], node_size: int | None = None
 ) -> tuple[BoundaryTraffic, ...]:
     """Traffic of one step over every boundary: the bytes that a run of this plan moves.
 
     Args:
         placements: module to where it runs; the lanes are those that `plan` was made for.
-        token_bytes: bytes of one media token, all its tensors together.
+        token_bytes: encoder to the bytes of one of its media tokens, all its tensors together.
     """
-    return tuple(_traffic(encoder, plan, placements, token_bytes, node_size) for encoder in placements if encoder != LANGUAGE)
+    return tuple(
+        _traffic(encoder, plan, placements, token_bytes[encoder], node_size) for encoder in placements if encoder != LANGUAGE
+    )
 
 
 def lower_bound(source: Ownership, destination: Ownership) -> int:

@@ -43,6 +43,16 @@ class LanguageGraph:
                 found[action] = (*found.get(action, ()), (program, place))
         return found
 
+    @cached_property
+    def ways(self) -> list[list[list[float]]]:
+        """Program → place → seconds from there to each computation in another list that waits for it."""
+        found: list[list[list[float]]] = [[[] for _ in order] for order in self.orders]
+        for row in self.sources:
+            for source in row:
+                if source:
+                    found[source[0]][source[1]].append(source[2])
+        return found
+
     def earliest(self, tokens: float) -> list[list[float]]:
         """Earliest start of every computation if the media tokens of all microbatches are there after some seconds."""
         starts = [[0.0] * len(order) for order in self.orders]
@@ -68,7 +78,7 @@ class LanguageGraph:
         return limits
 
     def stops(self, end: float, tail: float) -> list[list[float]]:
-        """When each computation has to stop at the latest for the step to end at `end`, with `tail` left after token gradients."""
+        """When each computation has to stop for the step to end at `end`, with `tail` seconds left after token gradients."""
         return [[end - tail if gives_gradients(action) else end for action in order] for order in self.orders]
 
 
@@ -87,7 +97,7 @@ def language_graph(work: StepWork, pipeline: int, durations: Durations) -> Langu
         row: list[tuple[int, int, float] | None] = []
         for action in order:
             found = _source(work, program, action)
-            row.append(found and (found[0], places[found[0]][found[1]], durations.of(*found[:1], found[2])))
+            row.append(found and (found[0], places[found[0]][found[1]], durations.of(found[0], found[2])))
         sources.append(tuple(row))
     seconds = tuple(tuple(durations.of(program, action) for action in order) for program, order in enumerate(orders))
     return LanguageGraph(orders, seconds, tuple(sources), _sequence(orders, sources))
@@ -138,10 +148,11 @@ def pass_seconds(work: StepWork, durations: Durations, encoder: str, kind: Kind)
 def lower_bound(work: StepWork, pipeline: int, durations: Durations) -> float:
     """Seconds below which no schedule with this order of the language model can come, whoever takes which share of the encoders.
 
-    The greatest of: the critical path (the first pass's forward, the language model's pipeline, the last pass's backward); and, of
-    the ranks that hold encoders, the mean of the work that lies after the first gradients of any microbatch's media tokens (all
-    encoder backwards from it on, and what the language model cannot have done by then), before the last tokens' latest need
-    (its mirror image), or at any time. Encoders take the seconds of `durations.table`; messages of the boundary none.
+    The greatest of: the critical path (the first pass's forward, the language model's pipeline, the last pass's backward); and,
+    for the ranks that hold encoders, the mean of their work: all of it, or what lies after the first gradients of some
+    microbatch's media tokens (the encoder backwards from there on, and what the language model cannot have done by then), or its
+    mirror image, what lies before the last use of some microbatch's tokens. Encoders take the seconds of `durations.table`,
+    boundaries none.
 
     Args:
         pipeline: the language model's `pp`.

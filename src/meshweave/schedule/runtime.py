@@ -42,6 +42,10 @@ class Worker(Protocol):
         """Does a computation, a gather or a reduction."""
         ...
 
+    def finish(self) -> None:
+        """Waits until the device has done what was computed, so that a clock shows when that was."""
+        ...
+
     def outgoing(self, action: Action, ranks: Container[int]) -> list[Message]:
         """What a send, or a swap, carries to each of `ranks`; several messages to one rank go in this order."""
         ...
@@ -95,6 +99,8 @@ def execute(place: Place, worker: Worker, clocked: list[Span] | None = None) -> 
             started = time.perf_counter()
             with _named(place, action):
                 worker.compute(action)
+                if clocked is not None:
+                    worker.finish()
             if clocked is not None:
                 clocked.append(Span(action, started, time.perf_counter()))
         elif not action.receives:

@@ -33,7 +33,7 @@ def whole_values(model: LocalModel, *, gradients: bool = False) -> dict[str, Ten
 
 
 def gather_led(model: LocalModel, world: World, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every parameter's whole value on the CPU of rank 0, from the rank that leads it; {} elsewhere. A collective over all ranks."""
+    """Every parameter's value on the CPU of rank 0, from the rank that leads it; {} elsewhere. A collective over all ranks."""
     led = {name: values[name] for name, _ in led_parameters(model, world) if name in values}
     gathered = {name: value.cpu() for name, value in led.items()} if world.rank == 0 else {}
     if world.size == 1:

@@ -42,6 +42,13 @@ def build_datasets(run: RunConfig, config: PreTrainedConfig) -> tuple[Dataset, D
     return training, held_out
 
 
+def dataset_of(run: RunConfig, config: PreTrainedConfig) -> Dataset:
+    """A run's training data, or a step of random samples where the run file names none; raises as `build_datasets`."""
+    if run.data is None:
+        return SyntheticDataset(config, run.train.batch_size, run.seed)
+    return build_datasets(run, config)[0]
+
+
 def _sources(data: DataConfig, needed: int) -> tuple[Source, Source | None]:
     if data.source == "digits":
         held_out = DigitsSource("held_out", data.eval_samples) if data.eval_samples else None

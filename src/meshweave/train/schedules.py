@@ -125,5 +125,6 @@ def _message_bytes(run: RunConfig, graph: ModelGraph, name: str, plan: StepPlan)
     """Of a step's activations between two stages of a module; for an encoder, of its media tokens."""
     widths, size = media_widths(graph.model.config), TRAVELS_AS[run.dtype].itemsize
     if name == LANGUAGE:
-        return size * widths[0] * sum(sample.tokens for part in plan.microbatches for lane in part.lanes for sample in lane)
-    return size * sum(widths) * sum(sum(part.item_tokens(name)) for part in plan.microbatches)
+        hidden = graph.model.config.get_text_config().hidden_size
+        return size * hidden * sum(sample.tokens for part in plan.microbatches for lane in part.lanes for sample in lane)
+    return size * sum(widths[name]) * sum(sum(part.item_tokens(name)) for part in plan.microbatches)

@@ -1,4 +1,4 @@
-"""How does a backward come in two halves? First the gradient of the input, for which another stage waits; of the weights later."""
+"""How does a backward come in halves? First the gradient of the input, for which another stage waits; of the weights later."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +16,8 @@ class SplitBackward:
     """One forward, recorded so that its backward can be split.
 
     A matrix product's two gradients need nothing of one another. The first half runs through the graph for the gradient of the
-    input, computes those of small parameters on its way (norms, biases, embeddings), and keeps what reaches each matrix product; the
-    second half computes the matrices' gradients from that alone.
+    input, computes those of small parameters on its way (norms, biases, embeddings), and keeps what reaches each matrix product;
+    the second half computes the matrices' gradients from that alone.
 
     State: the matrix products, and after the first half what reached them.
     """

@@ -25,8 +25,8 @@ class TokenMail:
     State: tensors that still have to be sent, and arrivals that fill.
     """
 
-    def __init__(self, crossings: Crossings, rank: int, nothing: Tensor, sends: Counter[_Key]) -> None:
-        """`nothing`: [0, width] of media tokens; `sends`: how many actions will send each tensor."""
+    def __init__(self, crossings: Crossings, rank: int, nothing: Mapping[str, Tensor], sends: Counter[_Key]) -> None:
+        """`nothing`: encoder to [0, width] of its media tokens; `sends`: how many actions will send each tensor."""
         self._crossings, self._rank, self._nothing = crossings, rank, nothing
         self._left = Counter(sends)
         self._ready: dict[_Key, Tensor] = {}
@@ -62,7 +62,7 @@ class TokenMail:
         key = encoder, microbatch, back
         plan = self._plan(key)
         if plan is None:
-            return self._nothing
+            return self._nothing[encoder]
         arrival = self._arrival(key, plan)
         del self._arrivals[key]
         return arrival.result()
@@ -74,7 +74,7 @@ class TokenMail:
 
     def _arrival(self, key: _Key, plan: TransferPlan) -> Arrival:
         if key not in self._arrivals:
-            self._arrivals[key] = Arrival(plan.for_rank(self._rank), self._nothing)
+            self._arrivals[key] = Arrival(plan.for_rank(self._rank), self._nothing[key[0]])
         return self._arrivals[key]
 
 

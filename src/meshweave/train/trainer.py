@@ -27,6 +27,7 @@ from meshweave.train.metrics import MetricsLog
 from meshweave.train.optimizer import build_optimizer, build_schedule, peak_rate, rate_factor
 from meshweave.train.schedules import plan_schedules
 from meshweave.train.step import finish_gradients, run_step
+from meshweave.train.trace import TRACED_STEP, measured_timeline, start_clock, write_measured
 from meshweave.train.worker import Travel
 from meshweave.train.world import World
 
@@ -45,8 +46,10 @@ class Evaluation:
     samples: int
 
 
-def train(world: World, run: RunConfig, config: PreTrainedConfig) -> Summary:
+def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool = False) -> Summary:
     """Trains as the run file says; rank 0 logs, draws and writes the model. Returns the same summary on every rank.
+
+    With `trace`, one step is clocked on all ranks, and rank 0 draws and writes its timeline.
 
     Raises:
         DataError: data cannot be read (`data.on_error: stop`), or is smaller than a step.
@@ -60,15 +63,21 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig) -> Summary:
     rates = build_schedule(run, optimizer)
     graph = graph_of(blueprint_of(config, STORED[run.dtype]))
     flops = {name: count_flops(graph, name) for name in run.modules}
-    travel = Travel(media_widths(config), TRAVELS_AS[run.dtype])
-    token_bytes = sum(travel.widths) * travel.dtype.itemsize
+    travel = Travel(media_widths(config), config.get_text_config().hidden_size, TRAVELS_AS[run.dtype])
+    token_bytes = {name: sum(widths) * travel.dtype.itemsize for name, widths in travel.widths.items()}
     log = MetricsLog(run.output) if world.rank == 0 else None
     records: list[dict[str, Any]] = []
     with _progress(world, run.train.steps) as progress:
         task = progress.add_task("training", total=run.train.steps, shown="")
         started = time.perf_counter()
         for number, step in enumerate(loader.steps(0, run.train.steps)):
-            totals = run_step(model, step, world, schedules.training, travel)
+            clock = start_clock(world) if trace and number == min(TRACED_STEP, run.train.steps - 1) else None
+            totals = run_step(model, step, world, schedules.training, travel, clock.spans if clock else None)
+            if clock is not None:
+                measured = measured_timeline(world, clock)
+                if world.rank == 0:
+                    picture, file = write_measured(measured, run.output)
+                    progress.console.print(f"step {number} traced: {picture}, {file} (ui.perfetto.dev)", highlight=False)
             updated = finish_gradients(model, totals, run.train.max_grad_norm)
             if updated:
                 optimizer.step()
@@ -90,8 +99,8 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig) -> Summary:
                 "tokens": step_tokens(step.plan),
                 "tokens_per_second": step_tokens(step.plan) / (now - started),
                 "flops": step_flops(step.plan, flops),
-                "boundary_forward_bytes": {name: there * token_bytes for name, (there, _) in totals.crossed.items()},
-                "boundary_backward_bytes": {name: back * token_bytes for name, (_, back) in totals.crossed.items()},
+                "boundary_forward_bytes": {name: there * token_bytes[name] for name, (there, _) in totals.crossed.items()},
+                "boundary_backward_bytes": {name: back * token_bytes[name] for name, (_, back) in totals.crossed.items()},
                 "skipped_samples": step.skipped,
                 "updated": int(updated),
             }

@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from meshweave.config import RunConfig
+from meshweave.config import LANGUAGE, RunConfig
 from meshweave.data.dataset import Dataset
 from meshweave.data.loader import Loader, LocalStep
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import ConfigError
 from meshweave.model.blueprint import STORED
-from meshweave.model.modules import media_widths
+from meshweave.model.modules import ENCODERS, media_widths, module_config
 from meshweave.parallel.build import build_model
 from meshweave.train.collect import gather_led, whole_values
 from meshweave.train.data import build_datasets, build_loader
@@ -97,6 +97,7 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
     loader = build_loader(run, dataset, world, schedule)
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
     rates = build_schedule(run, optimizer)
+    travel = Travel(media_widths(config), config.get_text_config().hidden_size, dtype)
     initial = gather_led(model, world, whole_values(model)) if run.weights == "seeded" else None
     oracle = Oracle(run, config, initial, dtype) if world.rank == 0 else None
     loss, gradient, drift = Worst(), Worst(), Worst()
@@ -104,7 +105,7 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
     for number in range(steps):
         step = loader.step(number)
         with full_precision(dtype):
-            totals = run_step(model, step, world, schedule, Travel(media_widths(config), dtype))
+            totals = run_step(model, step, world, schedule, travel)
         gradients = whole_values(model, gradients=True)
         drift = max(drift, _replica_drift(world, gradients, number), key=lambda worst: worst.error)
         gathered = gather_led(model, world, gradients)
@@ -134,7 +135,12 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
 def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     """Random masks differ between any two runs; the comparison is about everything else."""
     config = copy.deepcopy(config)
-    for part in (config, config.vision_config, config.get_text_config()):
+    modules = [
+        module_config(config, name)
+        for name in (LANGUAGE, *ENCODERS)
+        if name == LANGUAGE or hasattr(config, ENCODERS[name].config)
+    ]
+    for part in (config, *modules):
         for key, value in part.to_dict().items():
             if key.endswith(("dropout", "_pdrop")) and value:
                 setattr(part, key, 0.0)

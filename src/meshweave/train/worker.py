@@ -30,8 +30,10 @@ _Key = tuple[str, int, int]
 class Travel:
     """What tensors look like between ranks."""
 
-    widths: tuple[int, ...]
-    """Width of every tensor of a media token (`media_widths`)."""
+    widths: Mapping[str, tuple[int, ...]]
+    """Encoder to the width of every tensor of a media token (`media_widths`)."""
+    hidden: int
+    """Width of the language model's activations."""
     dtype: torch.dtype
     """Of activations, media tokens and their gradients."""
 
@@ -60,9 +62,10 @@ class StepWorker:
         """Loss, target tokens, exact samples, samples; on the rank that reports for its lane."""
         program = schedule.work.program_of(world.rank)
         actions = () if program is None else schedule.actions[program]
-        nothing = torch.zeros(0, sum(travel.widths), dtype=travel.dtype, device=world.device)
-        self._tokens = TokenMail(crossings, world.rank, nothing, sends_of(actions))
-        self._nothing = nothing
+        self._nothing = {
+            name: torch.zeros(0, sum(widths), dtype=travel.dtype, device=world.device) for name, widths in travel.widths.items()
+        }
+        self._tokens = TokenMail(crossings, world.rank, self._nothing, sends_of(actions))
         self._done: dict[_Key, _Done] = {}
         self._received: dict[tuple[Kind, str, int, int], tuple[Tensor, ...]] = {}
         self._to_send: dict[tuple[Kind, str, int, int], tuple[Tensor, ...]] = {}
@@ -87,6 +90,11 @@ class StepWorker:
                 split.weight_gradients()
             case _:
                 self._backward(action)
+
+    def finish(self) -> None:
+        """Waits until the device has done what was computed."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
 
     def outgoing(self, action: Action, ranks: Container[int]) -> list[Message]:
         """What a send, or a swap, carries to each of `ranks`."""
@@ -117,11 +125,11 @@ class StepWorker:
         if module == LANGUAGE:
             batch = self.step.language[number]
             assert batch is not None
-            return ((*batch.input_ids.shape, self.travel.widths[0]),)
+            return ((*batch.input_ids.shape, self.travel.hidden),)
         media = self.step.media[module][number]
         if media is None:
             return ()
-        return received_shapes(self.model.graph.model.config, self.model.cuts[module][stage], media.items)
+        return received_shapes(self.model.graph.model.config, module, self.model.cuts[module][stage], media.items)
 
     def _inputs(self, module: str, stage: int, number: int) -> tuple[Tensor, ...]:
         received = self._received.pop((Kind.RECEIVE_FORWARD, module, stage, number), ())
@@ -144,7 +152,7 @@ class StepWorker:
             if found and all(found):
                 grids = torch.tensor(found, device=self.world.device)
         split = SplitBackward() if work.modules[LANGUAGE].split else None
-        parts = [part for tokens in media.values() if len(tokens) for part in tokens.split(self.travel.widths, dim=1)]
+        parts = {name: tokens.split(self.travel.widths[name], dim=1) for name, tokens in media.items() if len(tokens)}
         labels = batch.labels.to(self.world.device)
         arguments = {
             "input_ids": batch.input_ids.to(self.world.device),
@@ -185,7 +193,7 @@ class StepWorker:
         if not last:
             self._send_on(Kind.SEND_FORWARD, encoder, stage, number, outputs)
         else:
-            joined = torch.cat(outputs, dim=1) if outputs else self._nothing
+            joined = torch.cat(outputs, dim=1) if outputs else self._nothing[encoder]
             outputs = (joined,) if outputs else ()
             rows = media.tokens if media is not None else (0,) * len(served)
             parts = joined.detach()[: sum(rows)].split(list(rows))  # a dummy's tokens go nowhere

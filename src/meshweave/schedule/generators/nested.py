@@ -1,18 +1,17 @@
-"""Colocated encoders inside the language model's pipeline: their passes fill its bubbles, in memory that the number of microbatches
-does not touch. The idea of Optimus (arXiv 2408.03505) and of nested pipelines; the order comes from durations, by search."""
+"""Colocated encoders inside the language model's pipeline: their passes fill its bubbles (the idea of Optimus, arXiv 2408.03505),
+and no more of them are under way than the bubbles can hold, however many microbatches there are."""
 
 import heapq
-from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, product
 from math import ceil, inf
 
 from meshweave.config import LANGUAGE
 from meshweave.schedule.actions import Action, Kind
 from meshweave.schedule.bound import LanguageGraph, Table, gives_gradients, language_graph, lower_bound, pass_seconds
 from meshweave.schedule.durations import Durations
-from meshweave.schedule.generators.language import language_order
 from meshweave.schedule.lower import lower
 from meshweave.schedule.schedule import Shares, kinds_of
 from meshweave.schedule.simulate import simulate
@@ -26,26 +25,30 @@ LEAST_SHARE = 0.25
 _GOOD_ENOUGH = 1.005
 """Of the lower bound: where the search stops."""
 
-_TRIES = 1_500_000
-"""Computations that the search may place in all its tries together: about ten seconds."""
+_COMPUTATIONS = 400_000
+"""How many the search may place in all its tries together: it bounds its time."""
+
+_MOST_TRIES = 250
+_CORRECTIONS = 5
+_EPSILON = 1e-9
 
 
 def nested(work: StepWork, pipeline: int, durations: Durations) -> tuple[Queues, Shares]:
     """Program to its queues, and the shares of the encoders' passes: both for `lower`.
 
-    The language model keeps its own order. Encoder passes are dealt, one after the other, to the programs that have time for them,
-    and every program then takes whatever has to start soonest if the step is to end when it is meant to: see `_Play`. A search over
-    that end and over each program's allowance keeps what `simulate` finds shortest, plain even shares included. Encoders that are
-    pipelines, or whose lanes span programs, must be shared evenly; with one of them, all are.
+    The language model keeps its own order. Encoder passes are dealt one after the other to the programs that have time for them,
+    and every program takes whatever has to start soonest if the step is to end when it is meant to (`_Play`). A search over that
+    end and over each program's allowance keeps what `simulate` finds shortest, plain even shares included. Encoders that are
+    pipelines, or whose lanes span programs, have to be shared evenly; with one of them, all are.
 
-    No encoder holds the activations of more passes than `run_ahead` says, whatever the number of microbatches.
+    No encoder holds the activations of more passes than `run_ahead` says, whatever the number of microbatches. Without a
+    backward, it is at most that and `pipeline` more ahead of the language model where it runs.
 
     Args:
         pipeline: the language model's `pp`.
         durations: seconds of the actions; the order is valid under any others, but as good only under similar ones.
 
-    Raises:
-        ScheduleError: ranks of an encoder are none of the language model's, in a way that lets nothing start.
+    Every encoder rank is one of the language model's.
     """
     candidates: list[tuple[Queues, Shares]] = [(queues, {}) for queues in _even(work, pipeline, durations)]
     if work.encoders and all(_may_be_dealt(work, name) for name in work.encoders):
@@ -76,7 +79,7 @@ def _run_ahead(work: StepWork, graph: LanguageGraph, durations: Durations, encod
         mean = sum(count * its for count, its in zip(ranks, idle, strict=True)) / sum(ranks)
         fitting = max(fitting, mean / seconds if seconds else 0.0)
     passes = module.passes(work.microbatches)
-    return min(passes, _taken_in(work, graph, encoder) + module.stages - 1 + ceil(min(fitting, passes)))
+    return _taken_in(work, graph, encoder) + work.last(encoder) + ceil(min(fitting, passes))
 
 
 def _idle(work: StepWork, graph: LanguageGraph, programs: Sequence[int]) -> tuple[list[float], list[float]]:
@@ -123,7 +126,7 @@ def _even(work: StepWork, pipeline: int, durations: Durations) -> Iterator[Queue
     """Even shares: the language model first, encoders where it waits, as far ahead as they must or as they may."""
     graph = language_graph(work, pipeline, durations)
     least = {name: _taken_in(work, graph, name) for name in work.encoders}
-    most = {name: _run_ahead(work, graph, durations, name) for name in work.encoders}
+    most = {name: _run_ahead(work, graph, durations, name) - work.last(name) for name in work.encoders}
     starts = graph.earliest(0.0)
     for ahead in (least, most) if least != most else (most,):
         queues: Queues = []
@@ -146,7 +149,11 @@ def _tokens_only(
     """(When, order among equals, forward) of encoders without a backward: nothing but this time keeps them from running away."""
     found = []
     first = work.holders(LANGUAGE, 0)[0]
-    used = {action.microbatch: starts[first][place] for place, action in enumerate(graph.orders[first]) if _takes_tokens(action)}
+    used = {
+        action.microbatch: start + seconds
+        for action, start, seconds in zip(graph.orders[first], starts[first], graph.seconds[first], strict=True)
+        if _takes_tokens(action)
+    }
     for name in work.encoders:
         module = work.modules[name]
         for number in range(module.passes(work.microbatches) if not module.backward else 0):
@@ -178,7 +185,9 @@ class _Encoder:
     per_pass: int
     passes: int
     ahead: int
+    trained: bool
     forward: float
+    """Seconds of a pass that is shared evenly."""
     backward: float
     ranks: tuple[int, ...]
     """Program to its ranks that hold the encoder."""
@@ -224,20 +233,16 @@ def _search(work: StepWork, pipeline: int, durations: Durations) -> tuple[Queues
     bound = lower_bound(work, pipeline, durations)
     search = _Search(work, graph, encoders, bound)
     search.attempt(_Aim(bound, _SLACKS[0], _PATIENCES[0], (0.0,) * len(work.programs)))
-    while not search.over:
-        before = search.left
+    for _ in range(2):
         for slack in _SLACKS:
             search.attempt(replace(search.aim, slack=slack))
         for stretch in _STRETCHES:
             search.attempt(replace(search.aim, end=bound * stretch))
         for patience in _PATIENCES:
             search.attempt(replace(search.aim, patience=patience))
-        aim, outcome = search.aim, search.best
-        for _ in range(_CORRECTIONS):
-            aim = _corrected(aim, outcome)
-            outcome = search.attempt(aim)
-        if search.left == before:
-            break
+        search.correct(search.aim)
+    for stretch, slack, patience in product(_STRETCHES, _SLACKS, _PATIENCES):
+        search.correct(_Aim(bound * stretch, slack, patience, (0.0,) * len(work.programs)))
     return search.best.queues, search.best.shares
 
 
@@ -248,7 +253,6 @@ class _Search:
         self.work, self.graph, self.encoders, self.bound = work, graph, encoders, bound
         size = sum(map(len, graph.orders)) + sum(2 * its.passes * sum(map(bool, its.ranks)) for its in encoders)
         self.left = max(1, min(_MOST_TRIES, _COMPUTATIONS // size))
-        self.known: dict[_Aim, _Outcome] = {}
         self.best = _Outcome(inf, (), [], {})
         self.aim = _Aim(bound, _SLACKS[0], _PATIENCES[0], ())
 
@@ -256,13 +260,19 @@ class _Search:
     def over(self) -> bool:
         return self.left <= 0 or self.best.end <= self.bound * _GOOD_ENOUGH
 
+    def correct(self, aim: _Aim) -> None:
+        """Lets the allowances follow the ends."""
+        for _ in range(_CORRECTIONS):
+            if self.over:
+                return
+            aim = _corrected(aim, self.attempt(aim))
+
     def attempt(self, aim: _Aim) -> _Outcome:
+        """What comes of an aim."""
         if self.over:
             return self.best
-        if aim not in self.known:
-            self.left -= 1
-            self.known[aim] = _Play(self.work, self.graph, self.encoders, aim).run()
-        outcome = self.known[aim]
+        self.left -= 1
+        outcome = _Play(self.work, self.graph, self.encoders, aim).run()
         if outcome.end < self.best.end:
             self.best, self.aim = outcome, aim
         return outcome
@@ -282,7 +292,9 @@ def _encoder(work: StepWork, graph: LanguageGraph, durations: Durations, name: s
         ways.append(tuple(max(seconds[user == program] for user in users) for program in range(len(work.programs))))
     forward, backward = (pass_seconds(work, durations, name, kind) for kind in (Kind.FORWARD, Kind.BACKWARD))
     ahead = _run_ahead(work, graph, durations, name)
-    return _Encoder(name, module.per_pass, module.passes(work.microbatches), ahead, forward, backward, ranks, *ways)
+    return _Encoder(
+        name, module.per_pass, module.passes(work.microbatches), ahead, module.backward, forward, backward, ranks, *ways
+    )
 
 
 @dataclass
@@ -307,10 +319,10 @@ class _Play:
     """Plays a step: deals passes as programs fall idle, and has every free program do what must start soonest.
 
     The aim's end gives each of the language model's computations a latest start, and so each encoder pass one, too: a forward has
-    to be over when the first stage needs its tokens, a backward before the pass begins for which it makes room. A program that is
-    free takes the computation with the earliest latest start of those that could run; it waits instead if an encoder's part would
-    make the language model late. A pass is dealt when somebody is free for it, so that it is over soonest, but to nobody more than
-    fits in before his next computation of the language model and before the end.
+    to be over when the first stage needs its tokens, a backward before the pass begins for which it makes room. A free program
+    takes the computation with the earliest latest start of those that could run; it waits instead if an encoder's part would make
+    the language model late. A pass is dealt when some program is free for it, so that it is over soonest; no program gets more
+    than fits in before its next computation of the language model, and before the end, unless that leaves something over.
     """
 
     def __init__(self, work: StepWork, graph: LanguageGraph, encoders: Sequence[_Encoder], aim: _Aim) -> None:
@@ -330,6 +342,7 @@ class _Play:
         self.over = [0 for _ in encoders]
         self.forwards: list[deque[_Pass]] = [deque() for _ in programs]
         self.backwards: list[tuple[deque[_Pass], ...]] = [tuple(deque() for _ in encoders) for _ in programs]
+        self.gradient_ways = {way for its in encoders for way in its.gradients}
         self.owed = [[0.0, 0.0] for _ in programs]
         """Program to the seconds of forwards, and of backwards, that were dealt to it and have not begun."""
 
@@ -342,7 +355,7 @@ class _Play:
                 while self.events and self.events[0] <= self.now:
                     heapq.heappop(self.events)
             self._make_room()
-            while any([self.free[program] <= self.now and self._step(program) for program in programs]):
+            while sum(self.free[program] <= self.now and self._step(program) for program in programs):
                 self.hurry = False
         shares = {its.name: tuple(one.shares for one in dealt) for its, dealt in zip(self.encoders, self.passes, strict=True)}
         return _Outcome(max(self.free), tuple(self.free), [[order] for order in self.lists], shares)
@@ -353,7 +366,7 @@ class _Play:
                 self.over[encoder] += 1
 
     def _is_over(self, one: _Pass) -> bool:
-        if self.encoders[one.encoder].backward_kind is None:
+        if not self.encoders[one.encoder].trained:
             left, when = self.used[one.last]
             return not left and when <= self.now
         return not one.backwards and one.over <= self.now
@@ -377,3 +390,217 @@ class _Play:
         if ready:
             self._begin_language(program)
         return ready
+
+    def _parts(self, program: int) -> list[tuple[float, float, _Pass, Kind]]:
+        """(Latest start, seconds, pass, kind) of the encoder parts that could begin, the most urgent first."""
+        found = []
+        if self.forwards[program]:
+            one = self.forwards[program][0]
+            seconds = self.encoders[one.encoder].forward * one.shares[program]
+            found.append((self.due[one.encoder][one.number] - seconds, seconds, one, Kind.FORWARD))
+        for encoder, waiting in zip(self.encoders, self.backwards[program], strict=True):
+            if not waiting:
+                continue
+            one = waiting[0]
+            left, there = self.gradients[one.last]
+            if left or there + encoder.gradients[program] > self.now:
+                continue
+            seconds = encoder.backward * one.shares[program]
+            start = self.aim.end - self.owed[program][1]
+            if one.number + encoder.ahead < encoder.passes:
+                start = min(start, self.due[one.encoder][one.number + encoder.ahead] - encoder.forward - seconds)
+            found.append((start, seconds, one, Kind.BACKWARD))
+        found.sort(key=lambda part: part[0])
+        return found
+
+    def _begin_part(self, program: int, one: _Pass, kind: Kind, seconds: float) -> None:
+        encoder = self.encoders[one.encoder]
+        stop = self._occupy(program, Action(kind, encoder.name, 0, one.number), seconds)
+        if kind == Kind.FORWARD:
+            self.forwards[program].popleft()
+            self.owed[program][0] -= seconds
+            one.forwards -= 1
+            one.encoded = max(one.encoded, stop + encoder.tokens[program])
+            heapq.heappush(self.events, one.encoded)
+        else:
+            self.backwards[program][one.encoder].popleft()
+            self.owed[program][1] -= seconds
+            one.backwards -= 1
+            one.over = max(one.over, stop)
+
+    def _begin_language(self, program: int) -> None:
+        for member in self.crews[program]:
+            place = self.at[member]
+            action = self.graph.orders[member][place]
+            stop = self.stops[member][place] = self._occupy(member, action, self.graph.seconds[member][place])
+            self.at[member] += 1
+            for way in self.graph.ways[member][place]:
+                heapq.heappush(self.events, stop + way)
+            if _takes_tokens(action) or gives_gradients(action):
+                count = (self.used if action.kind == Kind.FORWARD else self.gradients)[action.microbatch]
+                count[0] -= 1
+                count[1] = max(count[1], stop)
+                if action.kind != Kind.FORWARD:
+                    for way in self.gradient_ways:
+                        heapq.heappush(self.events, count[1] + way)
+
+    def _occupy(self, program: int, action: Action, seconds: float) -> float:
+        self.lists[program].append(action)
+        stop = self.free[program] = self.now + seconds
+        heapq.heappush(self.events, stop)
+        return stop
+
+    def _language_ready(self, program: int) -> bool:
+        """Whether the program and all that work with it could begin their next computation of the language model."""
+        for member in self.crews[program]:
+            if self.free[member] > self.now:
+                return False
+            place = self.at[member]
+            if source := self.graph.sources[member][place]:
+                if self.stops[source[0]][source[1]] + source[2] > self.now:
+                    return False
+            elif _takes_tokens(action := self.graph.orders[member][place]) and self._encoded(action.microbatch) > self.now:
+                return False
+        return True
+
+    def _encoded(self, microbatch: int) -> float:
+        """When the media tokens of a microbatch are there; never, as far as is known, while a part of them waits."""
+        when = 0.0
+        for encoder, dealt in zip(self.encoders, self.passes, strict=True):
+            number = microbatch // encoder.per_pass
+            if number >= len(dealt) or dealt[number].forwards:
+                return inf
+            when = max(when, dealt[number].encoded)
+        return when
+
+    def _language_start(self, program: int) -> float:
+        """When the program's next computation of the language model could begin at the earliest, as things stand."""
+        place = self.at[program]
+        start = max(self.now, *(self.free[member] for member in self.crews[program]))
+        if source := self.graph.sources[program][place]:
+            giver, awaited, way = source
+            stop = self.stops[giver][awaited]
+            if stop == inf:
+                stop = self._language_start(giver) + self.sums[giver][awaited + 1] - self.sums[giver][self.at[giver]]
+            return max(start, stop + way)
+        action = self.graph.orders[program][place]
+        if not _takes_tokens(action):
+            return start
+        encoded = self._encoded(action.microbatch)
+        return max(start, encoded) if encoded < inf else start + max(its.forward for its in self.encoders)
+
+    def _deal_next(self, program: int, latest: float) -> None:
+        """Deals the pass that is needed first, if this program may take part and it has to begin before `latest`."""
+        best, first = -1, latest
+        for number, encoder in enumerate(self.encoders):
+            dealt = len(self.passes[number])
+            if encoder.ranks[program] and dealt < min(encoder.passes, self.over[number] + encoder.ahead):
+                start = self.due[number][dealt] - encoder.forward
+                if start < first or (best < 0 and latest == inf):
+                    best, first = number, start
+        if best < 0:
+            return
+        encoder, number = self.encoders[best], len(self.passes[best])
+        shares = self._shares(encoder, self.passes[best])
+        last = min((number + 1) * encoder.per_pass, self.work.microbatches) - 1
+        takers = [taker for taker, share in enumerate(shares) if share]
+        one = _Pass(best, number, shares, last, len(takers), len(takers) if encoder.trained else 0)
+        self.passes[best].append(one)
+        for taker in takers:
+            self.forwards[taker].append(one)
+            self.owed[taker][0] += shares[taker] * encoder.forward
+            if encoder.trained:
+                self.backwards[taker][best].append(one)
+                self.owed[taker][1] += shares[taker] * encoder.backward
+
+    def _shares(self, encoder: _Encoder, dealt: Sequence[_Pass]) -> tuple[float, ...]:
+        """Program to its share of the next pass of an encoder."""
+        programs = [program for program, ranks in enumerate(encoder.ranks) if ranks]
+        ranks = [encoder.ranks[program] for program in programs]
+        idle = [program for program in programs if not any(one.shares[program] for one in dealt)]
+        if encoder.forward <= 0 or (idle and len(dealt) == encoder.passes - 1):
+            return tuple(float(count > 0) for count in encoder.ranks)
+        starts = [max(self.now, self.free[program]) + self.owed[program][0] for program in programs]
+        room = [self._room(program) / (encoder.forward + encoder.backward) for program in programs]
+        gaps = [self._gap(program, start) / encoder.forward for program, start in zip(programs, starts, strict=True)]
+        begins = [start / encoder.forward for start in starts]
+        raised = _level([-its for its in room], ranks, [inf] * len(ranks), float(sum(ranks)))
+        for most in (
+            [min(pair) for pair in zip(room, gaps, strict=True)],
+            room,
+            [its + raised + _EPSILON for its in room],
+        ):
+            if found := _fill(begins, ranks, most):
+                by_program = dict(zip(programs, found, strict=True))
+                return tuple(by_program.get(program, 0.0) for program in range(len(encoder.ranks)))
+        return tuple(float(count > 0) for count in encoder.ranks)
+
+    def _room(self, program: int) -> float:
+        """Seconds that a program has left until the aimed end, beside all that it has to do already."""
+        begun = self.sums[program][self.at[program]]
+        language = self.sums[program][-1] - begun
+        left = self.aim.end + self.aim.allowance[program] - max(self.now, self.free[program])
+        return left - language - sum(self.owed[program])
+
+    def _gap(self, program: int, start: float) -> float:
+        """Seconds between some time and the latest start of the language model's next computation."""
+        place = self.at[program]
+        return max(0.0, self.latest[program][place] - start) if place < len(self.latest[program]) else inf
+
+
+def _latest(graph: LanguageGraph, encoders: Sequence[_Encoder], aim: _Aim) -> list[list[float]]:
+    """Latest start of every computation of the language model, with the slack handed out bit by bit."""
+    head, tail = max(its.forward for its in encoders), max(its.backward for its in encoders)
+    stops = graph.stops(aim.end, tail)
+    latest = graph.latest(stops)
+    starts = graph.earliest(head)
+    slack = max(
+        0.0, min(late - early for row, other in zip(latest, starts, strict=True) for late, early in zip(row, other, strict=True))
+    )
+    first, last = aim.slack
+    limits = []
+    for row, seconds in zip(latest, graph.seconds, strict=True):
+        used = [slack * (first + (last - first) * (place + 1) / len(row)) for place in range(len(row))]
+        limits.append([start + its - slack + part for start, its, part in zip(row, seconds, used, strict=True)])
+    return graph.latest(limits)
+
+
+def _due(graph: LanguageGraph, encoders: Sequence[_Encoder], latest: Table, microbatches: int) -> list[list[float]]:
+    """Encoder → pass → latest end of its forward."""
+    needed = [inf] * microbatches
+    for action, places in graph.places.items():
+        if _takes_tokens(action):
+            needed[action.microbatch] = min(latest[program][place] for program, place in places)
+    return [[needed[number * its.per_pass] - max(its.tokens) for number in range(its.passes)] for its in encoders]
+
+
+def _fill(begins: Sequence[float], ranks: Sequence[int], most: Sequence[float]) -> list[float] | None:
+    """Shares of at most `most` with which the pass is over soonest where programs are free from `begins` on; None if they do not
+    suffice. All in units of an evenly shared pass."""
+    limits = [its if its >= LEAST_SHARE else 0.0 for its in most]
+    total = sum(ranks)
+    while sum(count * limit for count, limit in zip(ranks, limits, strict=True)) >= total:
+        level = _level(begins, ranks, limits, float(total))
+        shares = [min(max(0.0, level - begin), limit) for begin, limit in zip(begins, limits, strict=True)]
+        small = [(share, number) for number, share in enumerate(shares) if 0 < share < LEAST_SHARE]
+        if not small:
+            scale = total / sum(count * share for count, share in zip(ranks, shares, strict=True))
+            return [share * scale for share in shares]
+        limits[min(small)[1]] = 0.0
+    return None
+
+
+def _level(begins: Sequence[float], ranks: Sequence[int], limits: Sequence[float], total: float) -> float:
+    """How high water stands that is poured into vessels: each has a floor, a width and a depth, and `total` is what goes in."""
+    turns = sorted(
+        [(begin, count) for begin, count, limit in zip(begins, ranks, limits, strict=True) if limit > 0]
+        + [(begin + limit, -count) for begin, count, limit in zip(begins, ranks, limits, strict=True) if 0 < limit < inf]
+    )
+    level, width, poured = turns[0][0], 0, 0.0
+    for turn, change in turns:
+        if poured + width * (turn - level) >= total:
+            break
+        poured += width * (turn - level)
+        level = turn
+        width += change
+    return level + (total - poured) / width if width > 0 else level

@@ -9,8 +9,8 @@ from meshweave.schedule.work import StepWork
 def three_phase(work: StepWork, pipeline: int, macro_batch: int) -> list[list[Action]]:
     """Program to its order of computations.
 
-    With one stage of the language model and one macro-batch this is the plain step. An encoder that is a pipeline itself takes the
-    macro-batch microbatch by microbatch.
+    With one stage of the language model and one macro-batch this is the plain step. An encoder that is a pipeline itself takes
+    the macro-batch microbatch by microbatch.
 
     Args:
         pipeline: the language model's `pp`.
