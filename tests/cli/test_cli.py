@@ -71,7 +71,7 @@ def test_inspect_prints_every_rank_and_starts_no_process(tmp_path: Path, monkeyp
 def test_inspect_reads_a_layout_of_thousands_of_ranks(tmp_path: Path) -> None:
     modules = {
         "vision": {"ranks": "0-4095", "dp": 4096},
-        "language": {"ranks": "0-4095", "pp": 8, "dp": 64, "cp": 2, "tp": 4},
+        "language": {"ranks": "0-4095", "pp": 2, "dp": 256, "cp": 2, "tp": 4},
     }
     code, output = run("inspect", str(write_run(tmp_path, modules=modules, train={"steps": 1, "batch_size": 256})))
     assert code == 0, output
