@@ -12,8 +12,10 @@ from meshweave.schedule.actions import Kind
 from meshweave.schedule.bound import lower_bound
 from meshweave.schedule.check import check
 from meshweave.schedule.durations import Durations, Key, equal_durations
+from meshweave.schedule.generators.bubbles.play import LEAST_SHARE
+from meshweave.schedule.generators.bubbles.run_ahead import run_ahead
 from meshweave.schedule.generators.graph_1f1b import graph_1f1b
-from meshweave.schedule.generators.nested import LEAST_SHARE, nested, run_ahead
+from meshweave.schedule.generators.nested import nested
 from meshweave.schedule.generators.three_phase import three_phase
 from meshweave.schedule.lower import lower
 from meshweave.schedule.schedule import Schedule
