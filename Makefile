@@ -12,6 +12,7 @@ demo: .venv/ready
 	$(BIN)/python -m meshweave.data.quickstart runs/digits/start
 	$(BIN)/meshweave train examples/digits.yaml
 	$(BIN)/python examples/read_digits.py
+	$(BIN)/python examples/compare_digits.py
 
 test: .venv/ready
 	$(BIN)/python -m pytest

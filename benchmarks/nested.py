@@ -10,6 +10,7 @@ rank holds. Three phases take all microbatches as one macro-batch. Nothing is me
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from meshweave.config import LANGUAGE
 from meshweave.layout import Layout, Placement
+from meshweave.report.timeline import draw_timelines
 from meshweave.schedule.actions import Kind
 from meshweave.schedule.bound import lower_bound
 from meshweave.schedule.check import check
@@ -89,10 +91,27 @@ def measure(pipeline: int, microbatches: int, cost: float) -> Result:
     )
 
 
+def draw(path: Path) -> None:
+    """Both timelines of one case: 4 stages, 8 microbatches, an encoder pass half as long as a stage."""
+    work, durations = bench_work(4, 8), bench_durations(4, 0.5)
+    queues, shares = nested(work, 4, durations)
+    draw_timelines(
+        {
+            "three_phase": simulate(lower(work, [[order] for order in three_phase(work, 4, 8)], durations), durations),
+            "nested": simulate(lower(work, queues, durations, shares), durations),
+        },
+        path,
+    )
+
+
 def main(
     most: Annotated[int, typer.Option(help="Most microbatches of a case.")] = 64,
+    picture: Annotated[Path | None, typer.Option(help="Only draw one case's timelines here (docs/timeline.png).")] = None,
 ) -> None:
     """Measures the sweep and prints it."""
+    if picture is not None:
+        draw(picture)
+        return
     table = Table(
         "PP",
         "M",

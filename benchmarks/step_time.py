@@ -33,8 +33,10 @@ from meshweave.model.modules import media_widths
 from meshweave.parallel.build import build_model
 from meshweave.train.data import build_loader
 from meshweave.train.optimizer import build_optimizer, build_schedule
+from meshweave.train.schedules import plan_schedules
 from meshweave.train.step import finish_gradients, run_step
 from meshweave.train.trainer import step_tokens
+from meshweave.train.worker import Travel
 from meshweave.train.world import World, launch
 
 BLOCK = 4
@@ -69,22 +71,27 @@ def bench_run(folder: Path, modules: dict[str, Any], batch_size: int, steps: int
     return parse_config({"model": str(folder), "modules": modules, "train": train})
 
 
-def meshweave_step(world: World, run: RunConfig, config: PreTrainedConfig, loader: Loader) -> Callable[[int], int]:
-    """A function that takes training step `number` as `meshweave train` does and returns the step's tokens."""
+def meshweave_step(
+    world: World, run: RunConfig, config: PreTrainedConfig, dataset: Dataset
+) -> tuple[Loader, Callable[[int], int]]:
+    """The loader, and a function that takes training step `number` as `meshweave train` does and returns the step's tokens."""
+    schedule = plan_schedules(run, config, world.placements, dataset).training
+    loader = build_loader(run, dataset, world, schedule)
     model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
-    schedule = build_schedule(run, optimizer)
+    rates = build_schedule(run, optimizer)
+    travel = Travel(media_widths(config), config.get_text_config().hidden_size, STORED[run.dtype])
 
     def step(number: int) -> int:
         local = loader.step(number)
-        totals = run_step(model, local, world, media_widths(config), STORED[run.dtype])
+        totals = run_step(model, local, world, schedule, travel)
         if finish_gradients(model, totals, run.train.max_grad_norm):
             optimizer.step()
-        schedule.step()
+        rates.step()
         optimizer.zero_grad()
         return step_tokens(local.plan)
 
-    return step
+    return loader, step
 
 
 def plain_step(run: RunConfig, dataset: Dataset, loader: Loader) -> Callable[[int], None]:
@@ -113,8 +120,8 @@ def plain_step(run: RunConfig, dataset: Dataset, loader: Loader) -> Callable[[in
 def compare_with_plain(world: World, run: RunConfig, config: PreTrainedConfig, blocks: int) -> tuple[list[float], list[float]]:
     """Seconds of every counted step: meshweave's, and the plain loop's."""
     dataset = SyntheticDataset(config, run.train.batch_size * run.train.steps, most_images=3)
-    loader = build_loader(run, dataset, world)
-    ours, plain = meshweave_step(world, run, config, loader), plain_step(run, dataset, loader)
+    loader, ours = meshweave_step(world, run, config, dataset)
+    plain = plain_step(run, dataset, loader)
     seconds: tuple[list[float], list[float]] = ([], [])
     for block in range(blocks + 1):
         for side, step in enumerate((ours, plain)):
@@ -129,7 +136,7 @@ def compare_with_plain(world: World, run: RunConfig, config: PreTrainedConfig, b
 def time_layout(world: World, run: RunConfig, config: PreTrainedConfig, blocks: int) -> tuple[list[float], list[int]]:
     """Seconds and tokens of every counted step of one layout."""
     dataset = SyntheticDataset(config, run.train.batch_size * run.train.steps, most_images=3)
-    step = meshweave_step(world, run, config, build_loader(run, dataset, world))
+    _, step = meshweave_step(world, run, config, dataset)
     seconds, tokens = [], []
     for number in range((blocks + 1) * BLOCK):
         started = time.perf_counter()

@@ -1,6 +1,6 @@
 """The Python API: check a layout against the single process, from a run file or from plain values.
 
-python examples/python_api.py examples/disjoint.yaml
+python examples/python_api.py examples/non_colocated.yaml
 """
 
 import sys

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -77,19 +78,26 @@ def inspect_command(run_file: RunFile, overrides: Overrides = None) -> None:
 def simulate_command(
     run_file: RunFile,
     overrides: Overrides = None,
-    tflops: Annotated[float, typer.Option(min=1e-6, help="TFLOP/s that a rank achieves.")] = 400.0,
-    gbps: Annotated[float, typer.Option(min=1e-6, help="GB/s between two ranks.")] = 40.0,
+    tflops: Annotated[
+        float | None,
+        typer.Option(min=1e-6, help="TFLOP/s that a rank achieves; left out: 400 with GPUs here, else 0.05 (a core)."),
+    ] = None,
+    gbps: Annotated[
+        float | None, typer.Option(min=1e-6, help="GB/s between two ranks; left out: 40 with GPUs here, else 1.")
+    ] = None,
     measured: Annotated[
         Path | None,
         typer.Option(metavar="MEASURED.JSON", help="Take durations from this trace of `train --trace`; draw it beside."),
     ] = None,
 ) -> None:
     """Clock a step's schedule without running it: step time, bubbles, activations; timeline as PNG and for Perfetto."""
-    from meshweave.train.schedules import Speed
+    from meshweave.train.schedules import usual_speed
     from meshweave.train.simulate import simulate_run
 
     def work() -> None:
-        speed = Speed(flops_per_second=tflops * 1e12, bytes_per_second=gbps * 1e9)
+        speed = usual_speed()
+        speed = replace(speed, flops_per_second=tflops * 1e12) if tflops else speed
+        speed = replace(speed, bytes_per_second=gbps * 1e9) if gbps else speed
         simulate_run(load_config(run_file, overrides or ()), Console(), speed, measured)
 
     _run(work)

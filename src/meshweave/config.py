@@ -79,6 +79,8 @@ class ModuleConfig(_Strict):
     layers: tuple[PositiveInt, ...] | None = None
     """Transformer blocks of each pipeline stage (with virtual stages: of each of those), first to last; balanced by cost if
     left out."""
+    max_in_flight: PositiveInt | None = None
+    """Most microbatches whose activations a rank of this module may hold at once; a schedule that would hold more is refused."""
     frozen: bool | tuple[str, ...] = False
     """Not trained: the whole module, or its parameters whose full name contains one of these texts."""
 
@@ -164,7 +166,8 @@ class ScheduleConfig(_Strict):
     virtual_stages: PositiveInt = 2
     """`interleaved`: pieces of the language model that each of its ranks holds."""
     macro_batch: PositiveInt | None = None
-    """`three_phase`, `graph_1f1b`: language-model microbatches that one encoder pass serves; left out: all of them, and one."""
+    """`three_phase`, `graph_1f1b`: language-model microbatches that one encoder pass serves; left out, it is all of them for
+    `three_phase` before a pipeline, else one."""
 
 
 class TrainConfig(_Strict):

@@ -2,60 +2,26 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.models import CONFIGS, write_model_folder
+from support.runs import STEPS, module, run_of, verified
 
 from meshweave.batch import SampleMeta
-from meshweave.config import RunConfig, parse_config
+from meshweave.config import RunConfig
 from meshweave.data.loader import Loader
 from meshweave.data.quickstart import DigitsSource, build_model_folder
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.model.blueprint import read_model_config
 from meshweave.model.weights import fill_seeded
 from meshweave.parallel.build import LocalModel
+from meshweave.schedule.schedule import Schedule
 from meshweave.train.data import build_loader
 from meshweave.train.gradients import local_gradients, scale_gradients
 from meshweave.train.step import Totals, run_step
-from meshweave.train.verify import VerifyReport, verify
-from meshweave.train.world import World, launch
-
-STEPS = 5
-
-
-def module(ranks: str, dp: int = 1, tp: int = 1, **options: Any) -> dict[str, Any]:
-    return {"ranks": ranks, "dp": dp, "tp": tp, **options}
-
-
-def run_of(folder: Path, vision: dict[str, Any], language: dict[str, Any], **changes: Any) -> RunConfig:
-    train = {
-        "steps": STEPS,
-        "batch_size": 10,
-        "microbatches": 2,
-        "lr": 1e-3,
-        "weight_decay": 0.1,
-        "warmup_steps": 1,
-    } | changes.pop("train", {})
-    tree = {
-        "model": str(folder),
-        "modules": {"vision": vision, "language": language},
-        "train": train,
-        "dtype": "float64",
-        "weights": "seeded",
-        "seed": 3,
-        "timeout_seconds": 60,
-    }
-    return parse_config(tree | changes)
-
-
-def verified(run: RunConfig, steps: int = STEPS) -> VerifyReport:
-    report = launch(run, partial(verify, config=read_model_config(run.model), steps=steps))
-    assert report is not None
-    return report
-
+from meshweave.train.world import World
 
 PAIRS = {
     "one rank": (module("0"), module("0")),
@@ -162,8 +128,8 @@ def test_two_swapped_images_are_found(tmp_path: Path, monkeypatch: pytest.Monkey
         def media(self, index: int, slot: int) -> dict[str, Any]:
             return super().media((index + 4) % len(self) if index % 4 == 0 else index, slot)
 
-    def build_swapped(run: RunConfig, dataset: SyntheticDataset, world: World) -> Loader:
-        return build_loader(run, Swapped(read_model_config(run.model), len(dataset), seed=3), world)
+    def build_swapped(run: RunConfig, dataset: SyntheticDataset, world: World, schedule: Schedule) -> Loader:
+        return build_loader(run, Swapped(read_model_config(run.model), len(dataset), seed=3), world, schedule)
 
     monkeypatch.setattr("meshweave.train.verify.build_loader", build_swapped)
     report = verified(run_of(write_model_folder(CONFIGS["llava"](), tmp_path), *PAIRS["vision dp4, language tp2 dp2"]), steps=1)
@@ -181,8 +147,8 @@ def test_a_missing_sum_over_tp_is_found_by_name(tmp_path: Path, monkeypatch: pyt
 def test_wrong_initial_weights_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank initialises from another seed: its shards differ from what the plain model starts from."""
 
-    def other_seed(modules: Any, blueprint: Any, folder: Path) -> None:
-        fill_seeded(modules, blueprint, seed=1)
+    def other_seed(targets: Any, blueprint: Any, folder: Path) -> None:
+        fill_seeded(targets, blueprint, seed=1)
 
     monkeypatch.setattr("meshweave.parallel.build.fill_pretrained", other_seed)
     folder = write_model_folder(CONFIGS["llava"](), tmp_path, weights=True)

@@ -16,7 +16,8 @@ def gather(module: nn.Module) -> None:
     for part in _parts(module):
         if part is module:
             _state(part)._lazy_init()
-        part.set_reshard_after_forward(False, recurse=False)
+        if not isinstance(part, ReplicateModule):  # its parameters stay whole anyway
+            part.set_reshard_after_forward(False, recurse=False)
         part.set_reshard_after_backward(False, recurse=False)
         part.set_requires_gradient_sync(False, recurse=False)
     for part in _parts(module):

@@ -37,7 +37,7 @@ def render_simulation(schedule: Schedule, timeline: Timeline, peaks: Peaks) -> R
         busy = _between([timeline.busy[row] for row in rows], time_text)
         bubble = _between([bubbles[row] for row in rows], _percent)
         table.add_row(ranks, busy, bubble, *_module_cells(schedule, peaks, [_program(schedule, timeline, row) for row in rows]))
-    explained = "held: most microbatches whose activations a rank keeps at once, each virtual stage counted"
+    explained = "held: most microbatches whose activations a rank keeps at once (virtual stages: each counted)"
     return Group(_heading(schedule, timeline), "", table, "", Text(explained, style="dim"))
 
 

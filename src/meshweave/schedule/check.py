@@ -36,7 +36,7 @@ def check(schedule: Schedule, budget: Mapping[str, int] | None = None) -> Peaks:
             if budget and count > budget.get(module, count):
                 raise ScheduleError(
                     f"{_who(schedule, program)}: {module} holds the activations of {count} microbatches at once, "
-                    f"the budget is {budget[module]}; use a smaller macro-batch, fewer microbatches or more memory"
+                    f"max_in_flight allows {budget[module]}; raise it, lower schedule.macro_batch, or choose another schedule"
                 )
     return peaks
 

@@ -35,7 +35,9 @@ def plan_schedule(
     check_choice(run, placements)
     pipeline = placements[LANGUAGE].layout.pp
     kind = encoder_schedule(run, placements)
-    rounds = run.schedule.macro_batch or (run.train.microbatches if kind == "three_phase" else 1)
+    # Rounds of several microbatches keep a pipeline full; without one they would only hold more activations.
+    keeps_full = kind == "three_phase" and pipeline > 1
+    rounds = run.schedule.macro_batch or (run.train.microbatches if keeps_full else 1)
     modules = {name: _module(run, placement.layout.pp, name, kind, rounds, training) for name, placement in placements.items()}
     work = plan_work(placements, modules, run.train.microbatches)
     times = durations(work)
@@ -49,7 +51,7 @@ def plan_schedule(
         case _:
             queues, shares = nested(work, pipeline, times)
     schedule = lower(work, queues, times, shares)
-    check(schedule)
+    check(schedule, {name: module.max_in_flight for name, module in run.modules.items() if module.max_in_flight is not None})
     return schedule
 
 

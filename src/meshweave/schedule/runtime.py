@@ -23,7 +23,7 @@ _AHEAD = 2
 """Computations by which receives are posted ahead, where a backend lets messages overtake one another."""
 
 _UNDER_WAY = 8
-"""Sends whose receive may still be open. What runs ahead, a frozen encoder for one, waits for its reader after so many."""
+"""Send actions whose receive may still be open. What runs ahead, like a frozen encoder, waits for its reader after so many."""
 
 _MEANING = {
     Kind.RECEIVE_FORWARD: "the activations",
@@ -71,7 +71,7 @@ class _Mail:
     """State: messages that are posted and not awaited, and up to where in the list receives are posted."""
 
     received: dict[Action, list[tuple[int, dist.Work]]] = field(default_factory=dict)
-    sent: deque[tuple[Action, int, dist.Work, Tensor]] = field(default_factory=deque)
+    sent: deque[tuple[Action, list[tuple[Message, dist.Work]]]] = field(default_factory=deque)
     unseen: list[tuple[Action, Action, int, dist.Work]] = field(default_factory=list)
     posted: int = 0
 
@@ -127,7 +127,8 @@ def _post_receives(place: Place, worker: Worker, mail: _Mail, actions: Sequence[
         if action.receives:
             with _named(place, action):
                 buffers = worker.expect(action, programs[action.peer].ranks)
-                mail.received[action] = [(peer, _started(dist.irecv(buffer, peer))) for peer, buffer in buffers]
+                works = _post([dist.P2POp(dist.irecv, buffer, peer) for peer, buffer in buffers])
+                mail.received[action] = [(peer, work) for (peer, _), work in zip(buffers, works, strict=True)]
     mail.posted = max(mail.posted, horizon)
 
 
@@ -137,18 +138,13 @@ def _send(place: Place, worker: Worker, mail: _Mail, program: int, action: Actio
     while len(mail.sent) >= _UNDER_WAY:
         _await_send(place, mail)
     with _named(place, action):
-        if action.sends:
-            messages, buffers = worker.outgoing(action, ranks), []
-        else:
-            messages, buffers = worker.outgoing(action, ranks), worker.expect(action, ranks)
+        messages = worker.outgoing(action, ranks)
+        buffers = [] if action.sends else worker.expect(action, ranks)
         posts = [dist.P2POp(dist.isend, tensor, peer) for peer, tensor in messages]
         posts += [dist.P2POp(dist.irecv, tensor, peer) for peer, tensor in buffers]
-        # A swap is one batch: on NCCL its sends and receives would otherwise wait for one another.
-        works = dist.batch_isend_irecv(posts) if posts else []
-    # A backend may answer a batch with one handle for all of it.
-    works = works if len(works) == len(posts) else works * len(posts)
-    for (peer, tensor), work in zip(messages, works, strict=False):
-        mail.sent.append((action, peer, work, tensor))
+        works = _post(posts)
+    # A message's tensor has to live until it is sent.
+    mail.sent.append((action, list(zip(messages, works, strict=False))))
     if not action.sends:
         mail.received[action] = [(peer, work) for (peer, _), work in zip(buffers, works[len(messages) :], strict=True)]
 
@@ -163,8 +159,9 @@ def _await_inputs(place: Place, mail: _Mail, program: int, action: Action) -> No
 
 
 def _await_send(place: Place, mail: _Mail) -> None:
-    action, peer, work, _ = mail.sent.popleft()
-    _await(place, work, f"{action} waited for rank {peer} to receive")
+    action, messages = mail.sent.popleft()
+    for (peer, _), work in messages:
+        _await(place, work, f"{action} waited for rank {peer} to receive")
 
 
 def _await(place: Place, work: dist.Work, what: str) -> None:
@@ -195,9 +192,11 @@ def _waiting(action: Action, need: Action, peer: int) -> str:
     return f"{action} waited for {what}, from rank {peer} ({need})"
 
 
-def _started(work: dist.Work | None) -> dist.Work:
-    assert work is not None, "this rank is in the group"
-    return work
+def _post(posts: list[dist.P2POp]) -> list[dist.Work]:
+    """Starts the messages of one action together, so that none of them waits for another; a handle for each."""
+    works = dist.batch_isend_irecv(posts) if posts else []
+    # A backend may answer a batch with one handle for all of it.
+    return works if len(works) == len(posts) else works * len(posts)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from transformers import PreTrainedConfig
 
 from meshweave.batch import SampleMeta, StepPlan, plan_step
@@ -28,11 +29,23 @@ _LOOKED_AT = 256
 
 @dataclass(frozen=True)
 class Speed:
-    """What one rank achieves. The defaults are of the order of one data-centre GPU; only their ratio decides on a schedule."""
+    """What one rank achieves. Only ratios decide on a schedule, so the order of magnitude will do."""
 
-    flops_per_second: float = 4e14
-    bytes_per_second: float = 4e10
-    seconds_per_message: float = 2e-5
+    flops_per_second: float
+    bytes_per_second: float
+    seconds_per_message: float
+
+
+GPU = Speed(4e14, 4e10, 2e-5)
+"""Of the order of one data-centre GPU in bfloat16."""
+
+CPU = Speed(5e10, 1e9, 2e-4)
+"""Of the order of one core in float32, with gloo on one machine."""
+
+
+def usual_speed() -> Speed:
+    """`GPU` where there is one, else `CPU`."""
+    return GPU if torch.cuda.is_available() else CPU
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ def model_durations(
 ) -> Callable[[StepWork], Durations]:
     """Seconds of the actions of any work of this run, from model FLOPs, message sizes and a speed."""
     graph = graph_of(blueprint_of(config, STORED[run.dtype]))
-    return partial(_durations, run, graph, placements, typical, speed or Speed())
+    return partial(_durations, run, graph, placements, typical, speed or usual_speed())
 
 
 def _durations(

@@ -52,7 +52,7 @@ def simulate_run(run: RunConfig, console: Console, speed: Speed, measured: Path 
     else:
         console.print(
             f"durations: model FLOPs at {speed.flops_per_second / 1e12:g} TFLOP/s and messages at "
-            f"{speed.bytes_per_second / 1e9:g} GB/s a rank; --measured takes them from a traced step",
+            f"{speed.bytes_per_second / 1e9:g} GB/s a rank (--tflops, --gbps); --measured takes them from a traced step",
             style="dim",
             highlight=False,
         )

@@ -14,9 +14,9 @@ def nested(work: StepWork, pipeline: int, durations: Durations) -> tuple[Queues,
     """Program to its queues, and the shares of the encoders' passes: both for `lower`.
 
     The language model keeps its own order. Encoder passes are dealt one after the other to the programs that have time for them,
-    and every program takes whatever has to start soonest if the step is to end when it is meant to (`bubbles.play`). A search over
-    that end and over each program's allowance keeps what `simulate` finds shortest, plain even shares included. Encoders that are
-    pipelines, or whose lanes span programs, have to be shared evenly; with one of them, all are.
+    and every program takes whatever has to start soonest if the step is to end when it is meant to (`bubbles.play`). A search
+    over that end and over each program's allowance keeps what `simulate` finds shortest, plain even shares included. Encoders
+    that are pipelines, or whose lanes span programs, have to be shared evenly; with one of them, all are.
 
     No encoder holds the activations of more passes than `run_ahead` says, whatever the number of microbatches. Without a
     backward, it is at most that and `pipeline` more ahead of the language model where it runs.

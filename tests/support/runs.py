@@ -1,0 +1,45 @@
+"""How does a test compare a layout with the plain model? Small runs, and `verify` of them."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from meshweave.config import RunConfig, parse_config
+from meshweave.model.blueprint import read_model_config
+from meshweave.train.verify import VerifyReport, verify
+from meshweave.train.world import launch
+
+STEPS = 5
+
+
+def module(ranks: str, dp: int = 1, tp: int = 1, **options: Any) -> dict[str, Any]:
+    return {"ranks": ranks, "dp": dp, "tp": tp, **options}
+
+
+def run_of(folder: Path, vision: dict[str, Any], language: dict[str, Any], **changes: Any) -> RunConfig:
+    """A run of two modules, and of more where `modules` names them; `train` and other keys replace what is set here."""
+    train = {
+        "steps": STEPS,
+        "batch_size": 10,
+        "microbatches": 2,
+        "lr": 1e-3,
+        "weight_decay": 0.1,
+        "warmup_steps": 1,
+    } | changes.pop("train", {})
+    tree = {
+        "model": str(folder),
+        "modules": {"vision": vision, **changes.pop("modules", {}), "language": language},
+        "train": train,
+        "dtype": "float64",
+        "weights": "seeded",
+        "seed": 3,
+        "timeout_seconds": 60,
+    }
+    return parse_config(tree | changes)
+
+
+def verified(run: RunConfig, steps: int = STEPS) -> VerifyReport:
+    """Runs on as many processes as the run has ranks."""
+    report = launch(run, partial(verify, config=read_model_config(run.model), steps=steps))
+    assert report is not None
+    return report
