@@ -15,6 +15,7 @@ from transformers import Qwen3Config
 from typer.testing import CliRunner
 
 from meshweave.cli import app
+from meshweave.report.chrome_trace import read_chrome_trace
 
 
 def write_run(tmp_path: Path, **changes: Any) -> Path:
@@ -138,7 +139,7 @@ def test_a_wrong_run_is_refused_in_one_message_before_a_process_starts(
     ("modules", "expected"),
     [
         ({"vision": {"ranks": "0-3", "dp": 4}, "language": {"ranks": "0-3", "cp": 4}}, "modules.language.cp=4: context"),
-        ({"vision": {"ranks": "0-3", "dp": 4}, "language": {"ranks": "0-3", "pp": 4}}, "modules.language.pp=4: pipeline"),
+        ({"vision": {"ranks": "0-3", "dp": 4}, "language": {"ranks": "0-3", "pp": 4}}, "modules.language.pp=4: more stages than"),
         ({"vision": {"ranks": "0-3", "replicas": 4}, "language": {"ranks": "0-3", "tp": 4}}, "modules.vision.replicas=4"),
         ({"vision": {"ranks": "0-2", "tp": 3}, "language": {"ranks": "0-2", "dp": 3}}, "does not divide num_attention_heads=4"),
         ({"vision": {"ranks": "0-1", "dp": 2}}, "there is no 'language'"),
@@ -199,8 +200,45 @@ def test_a_fault_says_where_it_happened(tmp_path: Path, monkeypatch: pytest.Monk
     def broken(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("meshweave.train.step._language_forward", broken)
+    monkeypatch.setattr("meshweave.train.worker.StepWorker._language_forward", broken)
     modules = {"vision": {"ranks": 0}, "language": {"ranks": 0}}
     with pytest.raises(RuntimeError, match="out of luck") as fault:
         run("train", str(write_run(tmp_path, modules=modules)))
-    assert fault.value.__notes__ == ["on rank 0: language forward", "on rank 0: microbatch 0"]
+    assert fault.value.__notes__ == ["on rank 0, in language.0F0"]
+
+
+PIPELINE = {"vision": {"ranks": "0-1", "dp": 2}, "language": {"ranks": "0-1", "pp": 2}}
+
+
+def test_simulate_prints_step_time_and_bubbles_and_draws_them(tmp_path: Path) -> None:
+    file = write_run(
+        tmp_path, modules=PIPELINE, schedule={"encoders": "nested"}, train={"steps": 2, "batch_size": 6, "microbatches": 3}
+    )
+    code, output = run("simulate", str(file), "--tflops", "1", "--gbps", "10")
+    assert code == 0, output
+    assert "bubble" in output
+    assert "stage 1" in output
+    assert "at 1 TFLOP/s and messages at 10 GB/s" in output
+    picture, trace = (tmp_path / "out" / name for name in ("timeline.png", "timeline.json"))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert read_chrome_trace(trace).seconds > 0
+
+
+def test_a_traced_step_can_be_simulated_from_its_own_durations(tmp_path: Path) -> None:
+    file = write_run(tmp_path, modules=PIPELINE, train={"steps": 2, "batch_size": 6, "microbatches": 3})
+    code, output = run("train", str(file), "--trace")
+    assert code == 0, output
+    assert (tmp_path / "out" / "measured.png").read_bytes().startswith(b"\x89PNG")
+    measured = read_chrome_trace(tmp_path / "out" / "measured.json")
+    assert [len(spans) for spans in measured.spans] == [12, 12]  # gather twice, encoder, 3 microbatches, and back
+    code, output = run("simulate", str(file), "--measured", str(tmp_path / "out" / "measured.json"))
+    assert code == 0, output
+    assert "measured step" in output
+    assert "simulated from its medians" in output
+
+
+def test_a_schedule_that_cannot_be_is_refused_before_a_process_starts(tmp_path: Path) -> None:
+    file = write_run(tmp_path, modules=PIPELINE, train={"steps": 2, "batch_size": 6, "microbatches": 3})
+    code, output = run("train", str(file), "--set", "modules.language.max_in_flight=1")
+    assert code == 2, output
+    assert "rank 0: language holds the activations of 2 microbatches at once, max_in_flight allows 1" in output

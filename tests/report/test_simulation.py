@@ -99,7 +99,7 @@ def test_durations_of_a_simulated_timeline_are_those_it_was_clocked_with():
     durations = _uneven(schedule.work)
     timeline = simulate(schedule, durations)
     measured = durations_of(timeline, schedule)
-    used = {span.action[:3] for spans in (*timeline.spans, timeline.messages) for span in spans}
+    used = {span.action[:3] for spans in (*timeline.spans, *timeline.messages) for span in spans}
     assert measured.table == pytest.approx({key: durations.table.get(key, 0.0) for key in used})
     assert simulate(schedule, measured).seconds == pytest.approx(timeline.seconds)
 

@@ -114,9 +114,7 @@ def test_messages_that_overtake_one_another_are_caught() -> None:
 def test_the_activation_peak_of_1f1b_is_what_the_budget_bounds() -> None:
     schedule = Case({"language": place(0, pp=4)}, microbatches=8, macro_batch=8).schedule()
     assert [held["language"] for held in check(schedule, {"language": 4})] == [4, 3, 2, 1]
-    with pytest.raises(
-        ScheduleError, match=r"rank 0: language holds the activations of 4 microbatches .* max_in_flight allows 3"
-    ):
+    with pytest.raises(ScheduleError, match=r"rank 0: language holds the activations of 4 .* max_in_flight allows 3"):
         check(schedule, {"language": 3})
 
 

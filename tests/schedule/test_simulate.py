@@ -56,7 +56,7 @@ def test_links_delay_and_queue() -> None:
     """One forward-only stage after another: each message takes as long as a forward, and the link takes one at a time."""
     case = Case({"language": place(0, pp=2)}, microbatches=3, macro_batch=3, backward=False)
     timeline = simulate(case.schedule(), equal_durations(case.work(), link=2.0))
-    assert [span.start for span in timeline.messages] == [1.0, 3.0, 5.0]
+    assert [span.start for span in timeline.messages[0]] == [1.0, 3.0, 5.0]
     assert [span.start for span in timeline.spans[1] if span.stop > span.start] == [3.0, 5.0, 7.0]
 
 

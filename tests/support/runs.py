@@ -1,10 +1,13 @@
 """How does a test compare a layout with the plain model? Small runs, and `verify` of them."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from meshweave.batch import SampleMeta
 from meshweave.config import RunConfig, parse_config
+from meshweave.data.synthetic import SyntheticDataset
 from meshweave.model.blueprint import read_model_config
 from meshweave.train.verify import VerifyReport, verify
 from meshweave.train.world import launch
@@ -43,3 +46,19 @@ def verified(run: RunConfig, steps: int = STEPS) -> VerifyReport:
     report = launch(run, partial(verify, config=read_model_config(run.model), steps=steps))
     assert report is not None
     return report
+
+
+class TextOnly(SyntheticDataset):
+    """Its samples without media alone; a test puts it in the place of `meshweave.train.verify.SyntheticDataset`."""
+
+    def __init__(self, config: Any, samples: int, seed: int) -> None:
+        super().__init__(config, 4 * samples, seed)
+
+    def __len__(self) -> int:
+        return self.samples // 4
+
+    def meta(self, index: int) -> SampleMeta:
+        return replace(super().meta(4 * index + 1), sample=index)
+
+    def text(self, index: int) -> Any:
+        return super().text(4 * index + 1)

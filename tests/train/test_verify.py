@@ -1,15 +1,13 @@
 """Every layout trains the same model as one process: loss, every gradient, and the weights after five steps."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.models import CONFIGS, write_model_folder
-from support.runs import STEPS, module, run_of, verified
+from support.runs import STEPS, TextOnly, module, run_of, verified
 
-from meshweave.batch import SampleMeta
 from meshweave.config import RunConfig
 from meshweave.data.loader import Loader
 from meshweave.data.quickstart import DigitsSource, build_model_folder
@@ -158,19 +156,6 @@ def test_wrong_initial_weights_are_found(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_steps_without_any_media_leave_the_encoder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class TextOnly(SyntheticDataset):
-        def __init__(self, config: Any, samples: int, seed: int) -> None:
-            super().__init__(config, 4 * samples, seed)
-
-        def __len__(self) -> int:
-            return self.samples // 4
-
-        def meta(self, index: int) -> SampleMeta:
-            return replace(super().meta(4 * index + 1), sample=index)
-
-        def text(self, index: int) -> Any:
-            return super().text(4 * index + 1)
-
     monkeypatch.setattr("meshweave.train.verify.SyntheticDataset", TextOnly)
     folder = write_model_folder(CONFIGS["llava"](), tmp_path)
     report = verified(run_of(folder, *PAIRS["vision dp4, language tp2 dp2"]), steps=2)

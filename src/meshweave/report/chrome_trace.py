@@ -85,15 +85,15 @@ def _slices(timeline: Timeline) -> Iterator[Event]:
 
 def _arrows(timeline: Timeline) -> Iterator[Event]:
     works = _works(timeline)
-    taken: dict[Action, set[int]] = defaultdict(set)
-    for number, message in enumerate(sorted(timeline.messages, key=lambda span: span.start)):
-        action, leaves, arrives = message
+    sent = sorted(
+        ((span, row) for row, spans in enumerate(timeline.messages) for span in spans), key=lambda found: found[0].start
+    )
+    for number, ((action, leaves, arrives), row) in enumerate(sent):
         made_by, awaited_by = _ends(action)
-        made = _last_before(works[made_by], leaves, taken[action] | {action.peer})
-        awaited = _first_from(works[awaited_by].get(action.peer, []), arrives)
+        made = _last_until(works[made_by][row], leaves)
+        awaited = _first_from(works[awaited_by][action.peer], arrives)
         # A viewer binds the end of an arrow to the slice that is open at its time: an arrow leaves just before the slice closes.
-        row, at = (action.peer, leaves) if made is None else (made[0], made[1].stop - 1e-3 * (made[1].stop - made[1].start))
-        taken[action].add(row)
+        at = leaves if made is None else made.stop - 1e-3 * (made.stop - made.start)
         text = str(action)
         shared = {"name": text, "cat": "message", "id": number, "pid": PROCESS}
         args = {"action": text, "leaves": leaves * MICRO, "arrives": arrives * MICRO}
@@ -126,14 +126,9 @@ def _ends(action: Action) -> tuple[_Work, _Work]:
     return _Work(False, LANGUAGE, 0, microbatch), _Work(False, module, stage, None)
 
 
-def _last_before(rows: dict[int, list[Span]], time: float, without: set[int]) -> tuple[int, Span] | None:
-    """Row and span of the computation that ended last: a message does not name its sender, and several rows may send the same."""
-    found = None
-    for row, spans in rows.items():
-        at = bisect_right(spans, time, key=lambda span: span.stop)
-        if at and row not in without and (found is None or spans[at - 1].stop > found[1].stop):
-            found = row, spans[at - 1]
-    return found
+def _last_until(spans: Sequence[Span], time: float) -> Span | None:
+    at = bisect_right(spans, time, key=lambda span: span.stop)
+    return spans[at - 1] if at else None
 
 
 def _first_from(spans: Sequence[Span], time: float) -> Span | None:
@@ -144,7 +139,7 @@ def _first_from(spans: Sequence[Span], time: float) -> Span | None:
 def _timeline(events: Sequence[Event]) -> Timeline:
     ranks: dict[int, tuple[int, ...]] = {}
     spans: dict[int, list[Span]] = defaultdict(list)
-    messages: list[Span] = []
+    messages: dict[int, list[Span]] = defaultdict(list)
     for event in events:
         kind, args = event["ph"], event.get("args", {})
         if kind == "M" and event["name"] == "thread_name":
@@ -153,8 +148,9 @@ def _timeline(events: Sequence[Event]) -> Timeline:
             start = event["ts"] / MICRO
             spans[event["tid"]].append(Span(parse_action(args["action"]), start, start + event["dur"] / MICRO))
         elif kind == "s":
-            messages.append(Span(parse_action(args["action"]), args["leaves"] / MICRO, args["arrives"] / MICRO))
+            messages[event["tid"]].append(Span(parse_action(args["action"]), args["leaves"] / MICRO, args["arrives"] / MICRO))
     if ranks.keys() != set(range(len(ranks))) or not spans.keys() <= ranks.keys():
         raise ScheduleError("its rows are not numbered and named throughout")
     rows = range(len(ranks))
-    return Timeline(tuple(ranks[row] for row in rows), tuple(tuple(spans[row]) for row in rows), tuple(messages))
+    sent = tuple(tuple(messages[row]) for row in rows) if messages else ()
+    return Timeline(tuple(ranks[row] for row in rows), tuple(tuple(spans[row]) for row in rows), sent)

@@ -42,6 +42,8 @@ class Summary:
     eval_loss: float | None = None
     """Of the held-out samples, per target token."""
     loss_curve: Path | None = None
+    timeline: Path | None = None
+    """Of the traced step."""
     metrics: Path | None = None
     tensorboard: Path | None = None
     model: Path | None = None
@@ -80,6 +82,7 @@ def render_summary(summary: Summary) -> Table:
     table.add_row("skipped samples", Text(f"{summary.skipped:,}", style="yellow" if summary.skipped else ""))
     places = (
         ("loss curve", summary.loss_curve),
+        ("traced step", summary.timeline),
         ("metrics", summary.metrics),
         ("TensorBoard", summary.tensorboard),
         ("final model", summary.model),

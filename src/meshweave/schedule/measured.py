@@ -30,6 +30,7 @@ def durations_of(timeline: Timeline, schedule: Schedule) -> Durations:
             share = schedule.share(action.module, action.microbatch, program) if action.kind in COMPUTE else 1.0
             if share:
                 found[action[:3]].append((stop - start) / share)
-    for action, start, stop in timeline.messages:
-        found[action[:3]].append(stop - start)
+    for sent in timeline.messages:
+        for action, start, stop in sent:
+            found[action[:3]].append(stop - start)
     return Durations({key: median(seconds) for key, seconds in found.items()})

@@ -27,8 +27,8 @@ class Timeline:
     """Row to the ranks that it stands for."""
     spans: tuple[tuple[Span, ...], ...]
     """Row to its computations, gathers and reductions, in order."""
-    messages: tuple[Span, ...] = ()
-    """Sends on their way, from leaving to arrival; empty where they were not clocked."""
+    messages: tuple[tuple[Span, ...], ...] = ()
+    """Row to what it sends, from leaving to arrival; empty where messages were not clocked."""
 
     @cached_property
     def seconds(self) -> float:
@@ -61,7 +61,7 @@ def simulate(schedule: Schedule, durations: Durations) -> Timeline:
     clock = _Clock(schedule, durations)
     clock.run()
     ranks = tuple(program.ranks for program in schedule.work.programs)
-    return Timeline(ranks, tuple(map(tuple, clock.spans)), tuple(clock.messages))
+    return Timeline(ranks, tuple(map(tuple, clock.spans)), tuple(map(tuple, clock.messages)))
 
 
 class _Clock:
@@ -74,7 +74,7 @@ class _Clock:
         self.there: list[dict[Action, float]] = [{} for _ in range(count)]
         self.links: dict[tuple[int, int], float] = defaultdict(float)
         self.spans: list[list[Span]] = [[] for _ in range(count)]
-        self.messages: list[Span] = []
+        self.messages: list[list[Span]] = [[] for _ in range(count)]
 
     def run(self) -> None:
         ready = list(range(len(self.at)))
@@ -108,7 +108,7 @@ class _Clock:
         leaves = max(self.free[program], self.links[link])
         arrives = self.links[link] = leaves + self.durations.of(program, action)
         self.there[action.peer][action.received_by(program)] = arrives
-        self.messages.append(Span(action, leaves, arrives))
+        self.messages[program].append(Span(action, leaves, arrives))
         return [action.peer]
 
     def _together(self, members: tuple[int, ...], action: Action) -> list[int] | None:

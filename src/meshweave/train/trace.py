@@ -16,6 +16,11 @@ TRACED_STEP = 5
 """The step that `--trace` clocks, counted from 0: after allocations and first connections. The last one of a shorter run."""
 
 
+MEASURED_PICTURE = "measured.png"
+MEASURED_TRACE = "measured.json"
+"""Names in the run folder."""
+
+
 @dataclass
 class Clock:
     """State: this rank's spans, and when the step began on its clock."""
@@ -42,9 +47,7 @@ def measured_timeline(world: World, clock: Clock) -> Timeline:
     return Timeline(tuple((rank,) for rank in rows), tuple(rows.values()))
 
 
-def write_measured(timeline: Timeline, folder: Path) -> tuple[Path, Path]:
-    """Writes `measured.png` and `measured.json` (for Perfetto, and for `meshweave simulate --measured`)."""
-    picture, trace = folder / "measured.png", folder / "measured.json"
-    draw_timeline(timeline, picture, "measured")
-    write_chrome_trace(timeline, trace)
-    return picture, trace
+def write_measured(timeline: Timeline, folder: Path) -> None:
+    """Writes the timeline as a picture, and as a trace for Perfetto and for `meshweave simulate --measured`."""
+    draw_timeline(timeline, folder / MEASURED_PICTURE, "measured")
+    write_chrome_trace(timeline, folder / MEASURED_TRACE)

@@ -27,7 +27,7 @@ from meshweave.train.metrics import MetricsLog
 from meshweave.train.optimizer import build_optimizer, build_schedule, peak_rate, rate_factor
 from meshweave.train.schedules import plan_schedules
 from meshweave.train.step import finish_gradients, run_step
-from meshweave.train.trace import TRACED_STEP, measured_timeline, start_clock, write_measured
+from meshweave.train.trace import MEASURED_PICTURE, TRACED_STEP, measured_timeline, start_clock, write_measured
 from meshweave.train.worker import Travel
 from meshweave.train.world import World
 
@@ -76,8 +76,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             if clock is not None:
                 measured = measured_timeline(world, clock)
                 if world.rank == 0:
-                    picture, file = write_measured(measured, run.output)
-                    progress.console.print(f"step {number} traced: {picture}, {file} (ui.perfetto.dev)", highlight=False)
+                    write_measured(measured, run.output)
             updated = finish_gradients(model, totals, run.train.max_grad_norm)
             if updated:
                 optimizer.step()
@@ -117,7 +116,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
     if log is not None:
         draw_loss_curve(records, run.output / "loss.png")
         log.close()
-    return _summary(run, records, evaluation)
+    return _summary(run, records, evaluation, trace)
 
 
 def evaluate(world: World, run: RunConfig, model: LocalModel, dataset: Dataset, schedule: Schedule, travel: Travel) -> Evaluation:
@@ -169,7 +168,7 @@ def _progress(world: World, steps: int) -> Progress:
     return Progress(*columns, console=console, disable=world.rank != 0 or not console.is_terminal)
 
 
-def _summary(run: RunConfig, records: list[dict[str, Any]], evaluation: Evaluation | None) -> Summary:
+def _summary(run: RunConfig, records: list[dict[str, Any]], evaluation: Evaluation | None, traced: bool) -> Summary:
     timed = records[_WARM_UP_STEPS:] or records
 
     def mean(key: str, name: str) -> float:
@@ -189,6 +188,7 @@ def _summary(run: RunConfig, records: list[dict[str, Any]], evaluation: Evaluati
         evaluated=evaluation.samples if evaluation else None,
         eval_loss=evaluation.loss if evaluation else None,
         loss_curve=run.output / "loss.png",
+        timeline=run.output / MEASURED_PICTURE if traced else None,
         metrics=run.output / "metrics.jsonl",
         tensorboard=run.output / "tensorboard",
         model=run.output / "model",
