@@ -105,10 +105,11 @@ class Arrival:
         """[rows_out, width], once every message of the first stage is there; runs the later stages, if any."""
         for rows, buffer in self._buffers:
             _write(self._out, rows, buffer)
-        for stage in self._wiring.stages[1:]:
-            posts = [dist.P2POp(dist.isend, _read(self._out, rows), peer, group) for peer, rows in stage.sends]
+        # Tags of their own: between the same two ranks, messages of a later transfer's first stage may be under way already.
+        for tag, stage in enumerate(self._wiring.stages[1:], start=1):
+            posts = [dist.P2POp(dist.isend, _read(self._out, rows), peer, group, tag) for peer, rows in stage.sends]
             landing = [(rows, self._out.new_empty(_length(rows), self._out.shape[1]), peer) for peer, rows in stage.receives]
-            posts += [dist.P2POp(dist.irecv, buffer, peer, group) for _, buffer, peer in landing]
+            posts += [dist.P2POp(dist.irecv, buffer, peer, group, tag) for _, buffer, peer in landing]
             for work in dist.batch_isend_irecv(posts) if posts else []:
                 work.wait()
             for rows, buffer, _ in landing:

@@ -49,10 +49,11 @@ class Oracle:
         ids = pad_sequence([text for text, _ in texts], batch_first=True)
         labels = pad_sequence([label for _, label in texts], batch_first=True, padding_value=-100)
         mask = pad_sequence([torch.ones_like(text) for text, _ in texts], batch_first=True)
-        extra: dict[str, Tensor] = {}
-        for key in media[0] if media else ():
-            value = torch.cat([item[key] for item in media])
-            extra[key] = value.to(self.dtype) if value.is_floating_point() else value
+        parts: dict[str, list[Tensor]] = {}
+        for item in media:
+            for key, value in item.items():
+                parts.setdefault(key, []).append(value.to(self.dtype) if value.is_floating_point() else value)
+        extra = {key: torch.cat(values) for key, values in parts.items()}
         if "image_grid_thw" in extra:
             extra["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
         self.optimizer.zero_grad()
@@ -61,7 +62,8 @@ class Oracle:
         targets = int((target != -100).sum())
         loss = functional.cross_entropy(predicted, target, ignore_index=-100, reduction="sum")
         # Divided after backward: transformers rounds norms to float32 even in float64, and 1/N before would shift that rounding.
-        loss.backward()
+        if loss.requires_grad:  # it does not where nothing but a frozen language model made it
+            loss.backward()
         gradients = {}
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:

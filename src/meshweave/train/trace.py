@@ -32,7 +32,7 @@ class Clock:
 def start_clock(world: World) -> Clock:
     """A clock that starts on all ranks at once; a collective over all ranks, which need not share a clock."""
     if world.size > 1:
-        dist.barrier(group=world.data_group)
+        dist.barrier()  # not over the data group, which the loader's thread talks on
     return Clock(time.perf_counter())
 
 
@@ -42,7 +42,7 @@ def measured_timeline(world: World, clock: Clock) -> Timeline:
     everyone: list[Any] = [mine]
     if world.size > 1:
         everyone = [None] * world.size
-        dist.all_gather_object(everyone, mine, group=world.data_group)
+        dist.all_gather_object(everyone, mine)
     rows = {rank: tuple(Span(*span) for span in spans) for rank, spans in enumerate(everyone) if spans}
     return Timeline(tuple((rank,) for rank in rows), tuple(rows.values()))
 
