@@ -33,7 +33,7 @@ from meshweave.model.modules import media_widths
 from meshweave.parallel.build import build_model
 from meshweave.train.data import build_loader
 from meshweave.train.optimizer import build_optimizer, build_schedule
-from meshweave.train.schedules import plan_schedules
+from meshweave.train.schedules import agreed_schedule
 from meshweave.train.step import finish_gradients, run_step
 from meshweave.train.trainer import step_tokens
 from meshweave.train.worker import Travel
@@ -75,7 +75,7 @@ def meshweave_step(
     world: World, run: RunConfig, config: PreTrainedConfig, dataset: Dataset
 ) -> tuple[Loader, Callable[[int], int]]:
     """The loader, and a function that takes training step `number` as `meshweave train` does and returns the step's tokens."""
-    schedule = plan_schedules(run, config, world.placements, dataset).training
+    schedule = agreed_schedule(world, run, config, dataset)
     loader = build_loader(run, dataset, world, schedule)
     model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})

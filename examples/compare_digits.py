@@ -1,4 +1,4 @@
-"""Runs the demo's task for a few steps in its own layout and in a non-colocated one, and prints one line for each.
+"""Runs the demo's task for a few steps in its own layout and in a non-colocated one, in four microbatches; one line for each.
 
 python examples/compare_digits.py [steps]
 """
@@ -13,11 +13,7 @@ from meshweave.model.blueprint import read_model_config
 
 LAYOUTS = {
     "colocated": [],
-    "non-colocated": [
-        "modules.vision={ranks: 0-1, dp: 2}",
-        "modules.language={ranks: 2-3, dp: 2}",
-        "train.microbatches=4",
-    ],
+    "non-colocated": ["modules.vision={ranks: 0-1, dp: 2}", "modules.language={ranks: 2-3, dp: 2}"],
 }
 
 
@@ -25,7 +21,7 @@ def main(steps: int = 12) -> None:
     """Prints mean step time and speed without the first few steps, as the summary of a training run has them."""
     lines = []
     for name, changes in LAYOUTS.items():
-        short = [f"train.steps={steps}", "train.warmup_steps=0", "data.eval_samples=0", f"output=runs/digits/{name}"]
+        short = [f"train.steps={steps}", "train.microbatches=4", "train.warmup_steps=0", "data.eval_samples=0", f"output=runs/digits/{name}"]
         run = meshweave.load_config(Path(__file__).with_name("digits.yaml"), [*changes, *short])
         summary = meshweave.launch(run, partial(meshweave.train, config=read_model_config(run.model)))
         if summary is not None:

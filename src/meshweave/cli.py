@@ -7,15 +7,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from meshweave.config import load_config
+from meshweave.config import RunConfig, load_config
 from meshweave.errors import MeshweaveError, RankError
 from meshweave.layout import placements
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from meshweave.data.dataset import Dataset
 
 app = typer.Typer(
     add_completion=False,
@@ -44,7 +49,6 @@ def train_command(
     from meshweave.model.check import check_executable, check_model
     from meshweave.report.summary import render_summary
     from meshweave.train.data import build_datasets
-    from meshweave.train.schedules import plan_schedules
     from meshweave.train.trainer import train
     from meshweave.train.world import launch
 
@@ -55,7 +59,7 @@ def train_command(
         check_executable(run, config)
         # What is wrong with the data, or with the schedule, shall show before processes start.
         training, _ = build_datasets(run, config)
-        plan_schedules(run, config, placements(run), training)
+        _plan(run, config, training)
         summary = launch(run, partial(train, config=config, trace=trace))
         if summary is not None:
             Console().print(render_summary(summary))
@@ -120,7 +124,6 @@ def verify_command(
     from meshweave.model.shrink import shrink_run
     from meshweave.report.verification import render_verification
     from meshweave.train.data import dataset_of
-    from meshweave.train.schedules import plan_schedules
     from meshweave.train.verify import verify
     from meshweave.train.world import launch
 
@@ -132,7 +135,7 @@ def verify_command(
             run, config = shrink_run(run, config)
             run = run.model_copy(update={"weights": "seeded", "data": None})
         check_executable(run, config)
-        plan_schedules(run, config, placements(run), dataset_of(run, config))
+        _plan(run, config, dataset_of(run, config))
         report = launch(run, partial(verify, config=config, steps=steps))
         if report is None:
             return
@@ -144,6 +147,14 @@ def verify_command(
             raise typer.Exit(1)
 
     _run(work)
+
+
+def _plan(run: RunConfig, config: "PreTrainedConfig", dataset: "Dataset") -> None:
+    """Plans the run's schedule for what is wrong with it; in a world that a launcher made, rank 0 does for all, later."""
+    from meshweave.train.schedules import run_schedule
+
+    if "RANK" not in os.environ:
+        run_schedule(run, config, placements(run), dataset)
 
 
 def _run(work: Callable[[], None]) -> None:

@@ -223,7 +223,7 @@ class RunConfig(_Strict):
     idle_ranks: AnyRanks = ()
     """Ranks that no module uses, on purpose."""
     timeout_seconds: PositiveFloat = 600.0
-    """A collective that waits longer ends the run."""
+    """A rank that waits longer for another, in a collective or for a message, ends the run."""
 
     @model_validator(mode="after")
     def _ranks_cover_the_world(self) -> "RunConfig":

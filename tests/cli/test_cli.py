@@ -241,4 +241,4 @@ def test_a_schedule_that_cannot_be_is_refused_before_a_process_starts(tmp_path: 
     file = write_run(tmp_path, modules=PIPELINE, train={"steps": 2, "batch_size": 6, "microbatches": 3})
     code, output = run("train", str(file), "--set", "modules.language.max_in_flight=1")
     assert code == 2, output
-    assert "rank 0: language holds the activations of 2 microbatches at once, max_in_flight allows 1" in output
+    assert "rank 0: language holds the activations of 2 microbatches at once, modules.language.max_in_flight=1" in output

@@ -11,7 +11,7 @@ from support.schedules import CASES, Case, place
 from meshweave.errors import ScheduleError
 from meshweave.schedule.actions import COMPUTE, Action, Kind, parse_action
 from meshweave.schedule.check import check
-from meshweave.schedule.durations import equal_durations
+from meshweave.schedule.durations import Durations, equal_durations
 from meshweave.schedule.generators.one_f_one_b import one_f_one_b
 from meshweave.schedule.lower import lower
 from meshweave.schedule.schedule import Schedule
@@ -114,7 +114,7 @@ def test_messages_that_overtake_one_another_are_caught() -> None:
 def test_the_activation_peak_of_1f1b_is_what_the_budget_bounds() -> None:
     schedule = Case({"language": place(0, pp=4)}, microbatches=8, macro_batch=8).schedule()
     assert [held["language"] for held in check(schedule, {"language": 4})] == [4, 3, 2, 1]
-    with pytest.raises(ScheduleError, match=r"rank 0: language holds the activations of 4 .* max_in_flight allows 3"):
+    with pytest.raises(ScheduleError, match=r"rank 0: language holds the activations of 4 .*max_in_flight=3"):
         check(schedule, {"language": 3})
 
 
@@ -124,3 +124,17 @@ def test_queues_that_contradict_one_another_are_refused() -> None:
     first, second = (one_f_one_b("language", stage, 2, 1 - stage) for stage in (0, 1))
     with pytest.raises(ScheduleError, match="contradicts itself"):
         lower(work, [[[*first[2:], *first[:2]]], [second]], equal_durations(work))
+
+
+@pytest.mark.parametrize("backward", [True, False], ids=["frozen", "evaluation"])
+def test_an_encoder_without_backward_runs_ahead_by_a_bounded_number_of_passes(backward: bool) -> None:
+    """Ten times as fast as the language model, it could be done before the first microbatch is; its tokens would pile up."""
+    placements = {"vision": place(0), "language": place(1, pp=2)}
+    case = Case(placements, "graph_1f1b", 100, backward=backward, frozen=frozenset({"vision"}))
+    table = {key: seconds / (10 if key[1] == "vision" else 1) for key, seconds in equal_durations(case.work()).table.items()}
+    held = most = 0
+    for action in case.schedule(Durations(table)).actions[1]:
+        held += action.kind == Kind.RECEIVE_TOKENS
+        held -= action.kind == Kind.FORWARD
+        most = max(most, held)
+    assert 1 < most <= 3

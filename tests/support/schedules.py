@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from meshweave.schedule.generators.nested import nested
-
 from meshweave.layout import Layout, Placement
 from meshweave.schedule.durations import Durations, equal_durations
-from meshweave.schedule.generators.graph_1f1b import graph_1f1b
+from meshweave.schedule.generators.graph_1f1b import graph_1f1b, run_ahead
+from meshweave.schedule.generators.nested import nested
 from meshweave.schedule.generators.three_phase import three_phase
 from meshweave.schedule.lower import lower
 from meshweave.schedule.schedule import Schedule
@@ -52,7 +51,7 @@ class Case:
         if self.encoders == "three_phase":
             return lower(work, [[order] for order in three_phase(work, self.pipeline, self.macro_batch)], durations)
         if self.encoders == "graph_1f1b":
-            return lower(work, graph_1f1b(work, self.pipeline), durations)
+            return lower(work, graph_1f1b(work, self.pipeline), durations, ahead=run_ahead(work, self.pipeline))
         queues, shares = nested(work, self.pipeline, durations)
         return lower(work, queues, durations, shares)
 

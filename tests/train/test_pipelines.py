@@ -128,7 +128,7 @@ CASES = {
     "tied: virtual stages": Case("llava", module("0"), module("0-1", pp=2), 2, INTERLEAVED, language_layers=4, tied=True),
     # Other options.
     "uneven stages": Case("llava", module("0"), module("0-2", pp=3, layers=[1, 3, 2]), 2, language_layers=6),
-    "nodes of two ranks": Case("qwen3_vl", module("0-1", dp=2), module("2-5", pp=2, dp=2), 2, changes={"node_size": 2}),
+    "nodes of two ranks": Case("qwen3_vl", module("1-2", dp=2), module("0-3", pp=2, tp=2), 4, changes={"node_size": 2}),
     "replicated": Case(
         "llava",
         module("0-3", dp=4, data_parallel="replicate"),

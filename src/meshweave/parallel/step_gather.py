@@ -24,6 +24,18 @@ def gather(module: nn.Module) -> None:
         part.unshard()
 
 
+def accumulate(module: nn.Module) -> None:
+    """Adds what a backward has left on a gathered module's parameters to its gradient sums, in the dtype of these.
+
+    FSDP2 does so after its own backwards; after half a backward (`SplitBackward`) it is the caller's to do.
+    """
+    for part in _parts(module):
+        for group in _state(part)._fsdp_param_groups:
+            for parameter in group.fsdp_params:
+                parameter.accumulate_unsharded_grad_if_needed()
+                parameter.to_accumulated_grad_if_needed()
+
+
 def reduce(module: nn.Module) -> None:
     """Sums the gradients of a gathered module over its `dp`, and shards its parameters again; a collective."""
     for part in _parts(module):

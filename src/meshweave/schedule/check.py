@@ -36,7 +36,7 @@ def check(schedule: Schedule, budget: Mapping[str, int] | None = None) -> Peaks:
             if budget and count > budget.get(module, count):
                 raise ScheduleError(
                     f"{_who(schedule, program)}: {module} holds the activations of {count} microbatches at once, "
-                    f"max_in_flight allows {budget[module]}; raise it, lower schedule.macro_batch, or choose another schedule"
+                    f"modules.{module}.max_in_flight={budget[module]} allows fewer; raise it, or use a schedule that holds less"
                 )
     return peaks
 

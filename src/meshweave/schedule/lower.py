@@ -5,8 +5,9 @@ every send blocks until it is received could follow it, too: no deadlock. `check
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from meshweave.config import LANGUAGE
 from meshweave.errors import ScheduleError
 from meshweave.schedule.actions import Action, Kind
 from meshweave.schedule.durations import Durations
@@ -17,7 +18,13 @@ Queue = Sequence[Action]
 """Computations that a program does in this order."""
 
 
-def lower(work: StepWork, queues: Sequence[Sequence[Queue]], durations: Durations, shares: Shares | None = None) -> Schedule:
+def lower(
+    work: StepWork,
+    queues: Sequence[Sequence[Queue]],
+    durations: Durations,
+    shares: Shares | None = None,
+    ahead: Mapping[str, int] | None = None,
+) -> Schedule:
     """A schedule in which every program works its queues, each in its own order.
 
     A program that is free takes the head of the first of its queues that could start: earlier queues come first. Heads that the
@@ -26,12 +33,14 @@ def lower(work: StepWork, queues: Sequence[Sequence[Queue]], durations: Duration
     Args:
         queues: program → its queues, of computations only.
         durations: decide between queues, and which communication falls due first; any are valid.
+        ahead: encoder to the passes whose tokens the language model may not have taken in yet when it begins another. It bounds
+            encoders without a backward, whose queues hold forwards alone.
 
     Raises:
         ScheduleError: no head can start: the queues contradict one another.
     """
     shares = shares or {}
-    play = _Play(work, queues, durations, shares)
+    play = _Play(work, queues, durations, shares, ahead or {})
     play.run()
     lists = []
     for program, actions in enumerate(play.lists):
@@ -46,8 +55,16 @@ def lower(work: StepWork, queues: Sequence[Sequence[Queue]], durations: Duration
 class _Play:
     """State: the clock, what every program has done, and what has reached it."""
 
-    def __init__(self, work: StepWork, queues: Sequence[Sequence[Queue]], durations: Durations, shares: Shares) -> None:
-        self.work, self.durations, self.shares = work, durations, shares
+    def __init__(
+        self,
+        work: StepWork,
+        queues: Sequence[Sequence[Queue]],
+        durations: Durations,
+        shares: Shares,
+        ahead: Mapping[str, int],
+    ) -> None:
+        self.work, self.durations, self.shares, self.ahead = work, durations, shares, ahead
+        self.taken = 0  # microbatches whose tokens the language model has taken in
         self.queues = [[list(reversed(queue)) for queue in its] for its in queues]
         self.lists: list[list[Action]] = [[] for _ in queues]
         self.here: list[set[Action]] = [set() for _ in queues]
@@ -89,7 +106,11 @@ class _Play:
                 self._at(self.clock + self.durations.of(program, message), message.peer, received)
             else:
                 self.here[program].add(message)
-        return set(self.work.gangs[action.module, program])
+        touched = set(self.work.gangs[action.module, program])
+        if action[:3] == (Kind.FORWARD, LANGUAGE, 0):
+            self.taken = max(self.taken, action.microbatch + 1)
+            touched |= {holder for name in self.ahead for holder in self.work.holders(name, 0)}
+        return touched
 
     def _start(self, program: int) -> None:
         if not self.free[program]:
@@ -110,6 +131,10 @@ class _Play:
         return gang if len(gang) > 1 else (program,)
 
     def _all_ready(self, program: int, action: Action) -> bool:
+        if action.module in self.ahead and action.stage == 0:
+            oldest = action.microbatch - self.ahead[action.module]
+            if oldest >= 0 and self.taken <= self.work.modules[action.module].served(oldest, self.work.microbatches)[-1]:
+                return False
         return all(
             self.free[member]
             and any(its and its[-1] == action for its in self.queues[member])

@@ -8,12 +8,15 @@ from meshweave.layout import Placement
 from meshweave.schedule.actions import Action
 from meshweave.schedule.check import check
 from meshweave.schedule.durations import Durations, equal_durations
-from meshweave.schedule.generators.graph_1f1b import graph_1f1b
+from meshweave.schedule.generators.graph_1f1b import graph_1f1b, run_ahead
 from meshweave.schedule.generators.nested import nested
 from meshweave.schedule.generators.three_phase import three_phase
 from meshweave.schedule.lower import lower
 from meshweave.schedule.schedule import Schedule, Shares
 from meshweave.schedule.work import ModuleWork, StepWork, plan_work
+
+_MOST_PROGRAMS = 256
+"""More kinds of rank than these are no layout that anybody means, and would take minutes to plan."""
 
 
 def plan_schedule(
@@ -40,17 +43,24 @@ def plan_schedule(
     rounds = run.schedule.macro_batch or (run.train.microbatches if keeps_full else 1)
     modules = {name: _module(run, placement.layout.pp, name, kind, rounds, training) for name, placement in placements.items()}
     work = plan_work(placements, modules, run.train.microbatches)
+    if len(work.programs) > _MOST_PROGRAMS:
+        sizes = ", ".join(f"modules.{name}.pp={placement.layout.pp}" for name, placement in placements.items())
+        raise ConfigError(
+            f"{sizes}: these pipelines cut the ranks so differently that {len(work.programs)} kinds of rank do different things "
+            f"(at most {_MOST_PROGRAMS}); choose sizes that divide one another"
+        )
     times = durations(work)
     shares: Shares = {}
     queues: list[list[list[Action]]]
+    ahead: dict[str, int] = {}
     match kind:
         case "three_phase":
             queues = [[order] for order in three_phase(work, pipeline, rounds)]
         case "graph_1f1b":
-            queues = graph_1f1b(work, pipeline)
+            queues, ahead = graph_1f1b(work, pipeline), run_ahead(work, pipeline)
         case _:
             queues, shares = nested(work, pipeline, times)
-    schedule = lower(work, queues, times, shares)
+    schedule = lower(work, queues, times, shares, ahead)
     check(schedule, {name: module.max_in_flight for name, module in run.modules.items() if module.max_in_flight is not None})
     return schedule
 

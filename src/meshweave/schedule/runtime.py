@@ -1,5 +1,6 @@
 """Who does what the list says? Executes a program's actions in order: computations one by one, messages beside them."""
 
+import re
 import time
 from collections import deque
 from collections.abc import Container, Iterator, Sequence
@@ -24,6 +25,9 @@ _AHEAD = 2
 
 _UNDER_WAY = 8
 """Send actions whose receive may still be open. What runs ahead, like a frozen encoder, waits for its reader after so many."""
+
+_LOST = re.compile("timed out|timeout|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
+"""What a collective's error says where another rank hangs or is gone."""
 
 _MEANING = {
     Kind.RECEIVE_FORWARD: "the activations",
@@ -200,18 +204,31 @@ def _post(posts: list[dist.P2POp]) -> list[dist.Work]:
 
 
 @contextmanager
-def _named(place: Place, action: Action) -> Iterator[None]:
-    """Says of any fault on which rank and in which action it happened."""
+def lost_ranks_named(rank: int, timeout_seconds: float, what: object) -> Iterator[None]:
+    """Says in our words if a collective in it waits for a rank in vain.
+
+    Raises:
+        RankError: instead of the collective's own error.
+    """
     try:
         yield
-    except MeshweaveError:
-        raise
-    except Exception as error:
-        text = str(error).lower()
-        if isinstance(error, RuntimeError) and ("timed out" in text or "timeout" in text):
-            raise RankError(
-                f"rank {place.rank}: {action}: a collective in it did not end within {place.timeout_seconds:g} s; "
-                f"a rank of the same group hangs, or is gone ({str(error).splitlines()[0]})"
-            ) from error
-        error.add_note(f"on rank {place.rank}, in {action}")
-        raise
+    except RuntimeError as error:
+        if not _LOST.search(str(error)):
+            raise
+        raise RankError(
+            f"rank {rank}: {what}: a collective in it did not end within {timeout_seconds:g} s, or broke off; "
+            f"a rank of the same group hangs, or is gone ({str(error).splitlines()[0]})"
+        ) from error
+
+
+@contextmanager
+def _named(place: Place, action: Action) -> Iterator[None]:
+    """Says of any fault on which rank and in which action it happened."""
+    with lost_ranks_named(place.rank, place.timeout_seconds, action):
+        try:
+            yield
+        except MeshweaveError:
+            raise
+        except Exception as error:
+            error.add_note(f"on rank {place.rank}, in {action}")
+            raise

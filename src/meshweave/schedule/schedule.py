@@ -26,8 +26,8 @@ class Schedule:
         return self.shares[encoder][number][program] if encoder in self.shares else 1.0
 
     def streams(self, module: str) -> bool:
-        """Whether FSDP may gather and release the module's parameters block by block: one program holds all of it, and its
-        ranks therefore come to every gather together. Otherwise they are gathered once before the step and reduced once after."""
+        """Whether FSDP may gather and release the module's parameters block by block, because its ranks come to every gather
+        together. Otherwise they are gathered once before the step, and gradients reduced once after it."""
         return streams(self.work, module)
 
     def __str__(self) -> str:
@@ -36,7 +36,8 @@ class Schedule:
 
 def streams(work: StepWork, module: str) -> bool:
     """As `Schedule.streams`."""
-    return work.modules[module].stages == 1 and len(work.holders(module, 0)) == 1
+    # A language model without a pipeline works every microbatch everywhere, in one order; its programs are one gang.
+    return work.modules[module].stages == 1 and (module == LANGUAGE or len(work.holders(module, 0)) == 1)
 
 
 def tasks(work: StepWork, shares: Shares, program: int) -> list[Action]:

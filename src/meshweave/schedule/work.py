@@ -52,7 +52,8 @@ class StepWork:
     neighbours: Mapping[tuple[str, int], tuple[int, int]]
     """(module, program) to the programs at the pipeline positions before and after it, ends joined."""
     gangs: Mapping[tuple[str, int], tuple[int, ...]]
-    """(module, program) to the programs that share lanes with it, itself included: a collective makes them work together."""
+    """(module, program) to the programs that work together, itself included: they share lanes or, of a language model without a
+    pipeline, gather parameters block by block."""
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -109,7 +110,11 @@ def plan_work(placements: Mapping[str, Placement], modules: Mapping[str, ModuleW
             before, after = _pipeline_neighbours(placement, its[0])
             neighbours[name, number] = program_of[before], program_of[after]
         programs.append(Program(tuple(its), stages))
-    return StepWork(modules, microbatches, tuple(programs), neighbours, _gangs(placements, program_of))
+    gangs = _gangs(placements, program_of)
+    if LANGUAGE in placements and placements[LANGUAGE].layout.pp == 1:
+        everyone = tuple(number for number, program in enumerate(programs) if LANGUAGE in program.stages)
+        gangs |= {(LANGUAGE, number): everyone for number in everyone}
+    return StepWork(modules, microbatches, tuple(programs), neighbours, gangs)
 
 
 def _position(placement: Placement, rank: int) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedConfig
 
 from meshweave.batch import SampleMeta, StepPlan, plan_step
@@ -22,6 +23,7 @@ from meshweave.schedule.durations import Durations, Key
 from meshweave.schedule.plan import plan_schedule
 from meshweave.schedule.schedule import Schedule
 from meshweave.schedule.work import StepWork
+from meshweave.train.world import World
 
 _LOOKED_AT = 256
 """Samples whose metadata the durations are estimated from, at most."""
@@ -48,30 +50,42 @@ def usual_speed() -> Speed:
     return GPU if torch.cuda.is_available() else CPU
 
 
-@dataclass(frozen=True)
-class Schedules:
-    """Of a run's steps, and of the forward passes of its evaluation."""
+def agreed_schedule(
+    world: World, run: RunConfig, config: PreTrainedConfig, dataset: Dataset, *, training: bool = True
+) -> Schedule:
+    """The schedule of a run's steps, or of the forward passes of its evaluation; a collective over all ranks.
 
-    training: Schedule
-    evaluation: Schedule
-
-
-def plan_schedules(run: RunConfig, config: PreTrainedConfig, placements: Mapping[str, Placement], dataset: Dataset) -> Schedules:
-    """Schedules that every rank arrives at alike, from the run file and the data's first samples.
+    Rank 0 plans and the others get its result: what they see of the data might differ.
 
     Raises:
-        ConfigError, ScheduleError: as `plan_schedule`.
+        ConfigError, ScheduleError: as `plan_schedule`, on rank 0.
     """
+    planned: list[Schedule | None] = [None]
+    if world.rank == 0:
+        planned = [run_schedule(run, config, world.placements, dataset, training=training)]
+    if world.size > 1:
+        dist.broadcast_object_list(planned, src=0)
+    assert planned[0] is not None
+    return planned[0]
+
+
+def run_schedule(
+    run: RunConfig,
+    config: PreTrainedConfig,
+    placements: Mapping[str, Placement],
+    dataset: Dataset,
+    *,
+    training: bool = True,
+) -> Schedule:
+    """The schedule of a run as this process sees its data; raises as `plan_schedule`."""
     durations = model_durations(run, config, placements, typical_step(run, dataset))
-    return Schedules(plan_schedule(run, placements, durations), plan_schedule(run, placements, durations, training=False))
+    return plan_schedule(run, placements, durations, training=training)
 
 
 def typical_step(run: RunConfig, dataset: Dataset) -> StepPlan:
-    """A step of the data's first readable samples, planned in the run's lanes; of fewer samples where a step takes very many."""
+    """A step of the data's first readable samples, planned in the run's lanes; of fewer samples where a step takes many."""
     metas: list[SampleMeta] = []
-    for index in range(
-        min(run.train.batch_size, len(dataset), max(_LOOKED_AT, run.train.microbatches * run.modules[LANGUAGE].dp))
-    ):
+    for index in range(min(run.train.batch_size, len(dataset), _LOOKED_AT)):
         try:
             metas.append(dataset.meta(index))
         except DataError:
@@ -100,11 +114,13 @@ def _durations(
     run: RunConfig, graph: ModelGraph, placements: Mapping[str, Placement], typical: StepPlan, speed: Speed, work: StepWork
 ) -> Durations:
     table: dict[Key, float] = {}
+    samples = sum(len(lane) for part in typical.microbatches for lane in part.lanes)
+    scale = run.train.batch_size / max(1, samples)
     for name, module in work.modules.items():
         layout = placements[name].layout
         ranks = layout.dp * layout.cp * layout.tp
-        forward = _forward_flops(graph, name, typical) / module.passes(work.microbatches) / ranks / speed.flops_per_second
-        message = _message_bytes(run, graph, name, typical) / work.microbatches
+        forward = scale * _forward_flops(graph, name, typical) / module.passes(work.microbatches) / ranks / speed.flops_per_second
+        message = scale * _message_bytes(run, graph, name, typical) / work.microbatches
         carried = speed.seconds_per_message + message / layout.dp / speed.bytes_per_second
         for stage, share in enumerate(_stage_shares(run, graph, name)):
             table[Kind.FORWARD, name, stage] = forward * share

@@ -11,7 +11,7 @@ from meshweave.boundary.crossing import plan_crossing
 from meshweave.config import LANGUAGE
 from meshweave.data.loader import LocalStep
 from meshweave.parallel.build import LocalModel
-from meshweave.schedule.runtime import Place, execute
+from meshweave.schedule.runtime import Place, execute, lost_ranks_named
 from meshweave.schedule.schedule import Schedule
 from meshweave.schedule.simulate import Span
 from meshweave.train.gradients import scale_gradients, squared_norm, sum_partial_gradients, sum_tied_gradients
@@ -72,14 +72,15 @@ def run_step(
     execute(Place(schedule, world.rank, world.timeout_seconds, world.device.type == "cuda"), worker, clocked)
     backward = schedule.work.modules[LANGUAGE].backward
     norms = torch.zeros(len(world.placements), dtype=torch.float64, device=world.device)
-    for index, (name, placement) in enumerate(world.placements.items() if backward else ()):
-        if name in model.modules:
-            sum_partial_gradients(model.modules[name], world.meshes[name])
-            sum_tied_gradients(model.modules[name], placement, world.rank)
-            norms[index] = squared_norm(model.modules[name], placement, world.rank)
-    totals = torch.cat([worker.sums, norms])
-    if world.size > 1:
-        dist.all_reduce(totals)
+    with lost_ranks_named(world.rank, world.timeout_seconds, "sums over all ranks after the step's last action"):
+        for index, (name, placement) in enumerate(world.placements.items() if backward else ()):
+            if name in model.modules:
+                sum_partial_gradients(model.modules[name], world.meshes[name])
+                sum_tied_gradients(model.modules[name], placement, world.rank)
+                norms[index] = squared_norm(model.modules[name], placement, world.rank)
+        totals = torch.cat([worker.sums, norms])
+        if world.size > 1:
+            dist.all_reduce(totals)
     loss_sum, targets, exact, samples, *squares = totals.tolist()
     squared_norms = dict(zip(world.placements, squares, strict=True)) if backward else {}
     return Totals(loss_sum, int(targets), int(exact), int(samples), squared_norms, _crossed(crossings, schedule))

@@ -62,7 +62,7 @@ class TokenMail:
         key = encoder, microbatch, back
         plan = self._plan(key)
         if plan is None:
-            return self._nothing[encoder]
+            return self._nothing[encoder].detach()
         arrival = self._arrival(key, plan)
         del self._arrivals[key]
         return arrival.result()

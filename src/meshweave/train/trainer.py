@@ -20,12 +20,11 @@ from meshweave.model.modules import graph_of, media_widths
 from meshweave.parallel.build import LocalModel, build_model
 from meshweave.report.curves import draw_loss_curve
 from meshweave.report.summary import Crossing, Summary
-from meshweave.schedule.schedule import Schedule
 from meshweave.train.data import build_datasets, build_loader
 from meshweave.train.export import export_model
 from meshweave.train.metrics import MetricsLog
 from meshweave.train.optimizer import build_optimizer, build_schedule, peak_rate, rate_factor
-from meshweave.train.schedules import plan_schedules
+from meshweave.train.schedules import agreed_schedule
 from meshweave.train.step import finish_gradients, run_step
 from meshweave.train.trace import MEASURED_PICTURE, TRACED_STEP, measured_timeline, start_clock, write_measured
 from meshweave.train.worker import Travel
@@ -56,8 +55,8 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
         CheckpointError: the model folder's weights do not fit.
     """
     training, held_out = build_datasets(run, config)
-    schedules = plan_schedules(run, config, world.placements, training)
-    loader = build_loader(run, training, world, schedules.training)
+    schedule = agreed_schedule(world, run, config, training)
+    loader = build_loader(run, training, world, schedule)
     model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
     rates = build_schedule(run, optimizer)
@@ -72,7 +71,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
         started = time.perf_counter()
         for number, step in enumerate(loader.steps(0, run.train.steps)):
             clock = start_clock(world) if trace and number == min(TRACED_STEP, run.train.steps - 1) else None
-            totals = run_step(model, step, world, schedules.training, travel, clock.spans if clock else None)
+            totals = run_step(model, step, world, schedule, travel, clock.spans if clock else None)
             if clock is not None:
                 measured = measured_timeline(world, clock)
                 if world.rank == 0:
@@ -111,7 +110,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             progress.update(task, advance=1, shown=shown)
             if world.rank == 0 and not progress.console.is_terminal and (number + 1) % run.train.log_every == 0:
                 progress.console.print(f"step {number + 1:>6}/{run.train.steps}  {shown}")
-    evaluation = evaluate(world, run, model, held_out, schedules.evaluation, travel) if held_out is not None else None
+    evaluation = evaluate(world, run, config, model, held_out, travel) if held_out is not None else None
     export_model(world, model, config, run.dtype, run.model, run.output / "model")
     if log is not None:
         draw_loss_curve(records, run.output / "loss.png")
@@ -119,11 +118,14 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
     return _summary(run, records, evaluation, trace)
 
 
-def evaluate(world: World, run: RunConfig, model: LocalModel, dataset: Dataset, schedule: Schedule, travel: Travel) -> Evaluation:
+def evaluate(
+    world: World, run: RunConfig, config: PreTrainedConfig, model: LocalModel, dataset: Dataset, travel: Travel
+) -> Evaluation:
     """One forward pass over held-out data, in the run's layouts.
 
     A sample is exact if every target token is the most likely one given those before it: what greedy decoding would write.
     """
+    schedule = agreed_schedule(world, run, config, dataset, training=False)
     loader = build_loader(run, dataset, world, schedule, training=False)
     for part in model.modules.values():
         for stage in part.stages.values():

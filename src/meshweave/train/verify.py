@@ -23,7 +23,7 @@ from meshweave.train.data import build_datasets, build_loader
 from meshweave.train.optimizer import build_optimizer, build_schedule
 from meshweave.train.oracle import Oracle
 from meshweave.train.precision import full_precision
-from meshweave.train.schedules import plan_schedules
+from meshweave.train.schedules import agreed_schedule
 from meshweave.train.step import Totals, finish_gradients, run_step
 from meshweave.train.worker import Travel
 from meshweave.train.world import World
@@ -93,7 +93,7 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
     else:
         dataset, _ = build_datasets(run, config)
     model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
-    schedule = plan_schedules(run, config, world.placements, dataset).training
+    schedule = agreed_schedule(world, run, config, dataset)
     loader = build_loader(run, dataset, world, schedule)
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
     rates = build_schedule(run, optimizer)

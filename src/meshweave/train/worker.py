@@ -11,10 +11,11 @@ from torch import Tensor
 
 from meshweave.config import LANGUAGE
 from meshweave.data.loader import LocalStep
+from meshweave.errors import DataError
 from meshweave.model.encoder import received_shapes
 from meshweave.parallel.build import LocalModel
 from meshweave.parallel.data import synchronize_gradients
-from meshweave.parallel.step_gather import gather, reduce
+from meshweave.parallel.step_gather import accumulate, gather, reduce
 from meshweave.schedule.actions import Action, Kind
 from meshweave.schedule.runtime import Message
 from meshweave.schedule.schedule import Schedule
@@ -88,6 +89,7 @@ class StepWorker:
                 split = self._done.pop((module, stage, number)).split
                 assert split is not None
                 split.weight_gradients()
+                accumulate(self.model.modules[module].stages[stage])
             case _:
                 self._backward(action)
 
@@ -196,6 +198,11 @@ class StepWorker:
             joined = torch.cat(outputs, dim=1) if outputs else self._nothing[encoder]
             outputs = (joined,) if outputs else ()
             rows = media.tokens if media is not None else (0,) * len(served)
+            if media is not None and not media.dummy and len(joined) != sum(rows):
+                raise DataError(
+                    f"{encoder}, pass {number}, on rank {self.world.rank}: the encoder made {len(joined)} media tokens of "
+                    f"{len(media.items)} items, the data counts {sum(rows)}; model folder and processor do not fit together"
+                )
             parts = joined.detach()[: sum(rows)].split(list(rows))  # a dummy's tokens go nowhere
             for microbatch, part in zip(served, parts, strict=True):
                 self._tokens.put(encoder, microbatch, False, part)

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,8 +21,12 @@ from meshweave.config import LANGUAGE, RunConfig
 from meshweave.errors import ConfigError, MeshweaveError, RankError
 from meshweave.layout import Placement, placements
 from meshweave.parallel.mesh import build_meshes
+from meshweave.schedule.runtime import lost_ranks_named
 
 Result = TypeVar("Result")
+
+_GRACE_SECONDS = 1.0
+"""For how long a rank that waited in vain for another stays, so that the others can say the same."""
 
 # It warns of every process that it ends after another has failed; the failure itself is what matters.
 logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
@@ -63,6 +68,7 @@ def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result
     Raises:
         ConfigError: the world that is there, or the number of GPUs, does not fit the run file; before any process group exists.
         MeshweaveError: what `work` raised on some rank; a `RankError` around it in a launched world.
+        RankError: a rank hung, or its process was ended.
     """
     _join_slurm()
     world = int(os.environ.get("WORLD_SIZE", "0"))
@@ -77,6 +83,8 @@ def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result
         rank = int(os.environ["RANK"])
         try:
             result = _with_process_group(run, work, rank, int(os.environ.get("LOCAL_RANK", rank)), "env://")
+        except RankError:
+            raise
         except MeshweaveError as error:
             raise RankError(f"rank {rank}: {error}") from error
         return result if rank == 0 else None
@@ -93,11 +101,13 @@ def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result
         method = "spawn" if gpus else "fork"
         try:
             mp.start_processes(_local_rank, (run, work, folder), nprocs=run.world_size, start_method=method)
-        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-            failure = _first_failure(Path(folder))
-            if failure is not None:
-                raise failure from error
-            raise
+        except mp.ProcessExitedException as error:
+            raise _ended(error) from error
+        except mp.ProcessRaisedException as error:
+            failure = _failure(Path(folder), error.error_index, run.world_size)
+            if failure is None:
+                raise
+            raise failure from error
         return pickle.loads((Path(folder) / "result").read_bytes())
 
 
@@ -108,14 +118,33 @@ def _local_rank(rank: int, run: RunConfig, work: Callable[[World, RunConfig], An
         result = _with_process_group(run, work, rank, rank, f"file://{folder}/store")
     except MeshweaveError as error:
         (Path(folder) / f"failure-{rank}").write_bytes(pickle.dumps(error))
+        if isinstance(error, RankError):
+            # One rank that hangs lets all others wait in vain, and this process' end would end them: they shall have their say.
+            time.sleep(_GRACE_SECONDS)
         raise
     if rank == 0:
         (Path(folder) / "result").write_bytes(pickle.dumps(result))
 
 
-def _first_failure(folder: Path) -> MeshweaveError | None:
+def _failure(folder: Path, failed: int, world: int) -> MeshweaveError | None:
+    """What the first rank to fail said, and of an error between ranks what the others said; None if it was no error of ours."""
+    if not (folder / f"failure-{failed}").exists():
+        return None
     files = sorted(folder.glob("failure-*"), key=lambda file: file.stat().st_mtime_ns)
-    return pickle.loads(files[0].read_bytes()) if files else None
+    first, *others = (pickle.loads(file.read_bytes()) for file in files)
+    if not isinstance(first, RankError):
+        return first
+    silent = sorted(set(range(world)) - {int(file.name.partition("-")[2]) for file in files})
+    lines = [str(first), *(f"  also {other}" for other in others)]
+    if silent:
+        lines.append(f"  no word from {'rank' if len(silent) == 1 else 'ranks'} {', '.join(map(str, silent))}")
+    return RankError("\n".join(lines))
+
+
+def _ended(error: mp.ProcessExitedException) -> RankError:
+    how = f"by {error.signal_name}" if error.signal_name else f"with exit code {error.exit_code}"
+    hint = "; the kernel does that where memory runs out" if error.signal_name == "SIGKILL" else ""
+    return RankError(f"rank {error.error_index}: its process ended {how} and said nothing{hint}")
 
 
 def _with_process_group(
@@ -140,9 +169,10 @@ def _with_process_group(
         meshes = build_meshes(where, device.type)
         data_group = dist.new_group(backend="gloo", timeout=timeout) if run.world_size > 1 else None
         world = World(rank, run.world_size, device, where, meshes, data_group, run.node_size, run.timeout_seconds)
-        result = work(world, run)
-        # A rank that leaves early now and then aborts the others.
-        dist.barrier()
+        with lost_ranks_named(rank, run.timeout_seconds, "work outside a step"):
+            result = work(world, run)
+            # A rank that leaves early now and then aborts the others.
+            dist.barrier()
         return result
     finally:
         dist.destroy_process_group()

@@ -26,6 +26,14 @@ def graph_1f1b(work: StepWork, pipeline: int) -> list[list[list[Action]]]:
     return [[queue for queue in its if queue] for its in queues]
 
 
+def run_ahead(work: StepWork, pipeline: int) -> dict[str, int]:
+    """Encoder without a backward to the passes it may be ahead of the language model's first stage, for `lower`.
+
+    As many as there are stages: no more than a trained encoder would be, whatever the number of microbatches.
+    """
+    return {name: module.stages + pipeline for name, module in work.modules.items() if name != LANGUAGE and not module.backward}
+
+
 def _taken_in(work: StepWork, encoder: str, first_stage: list[Action]) -> list[int]:
     """Pass to the passes that the language model's first stage needs before it gives back the whole gradient of this one."""
     module, furthest = work.modules[encoder], 0
