@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from meshweave.batch import EVEN, EncoderPasses, MediaMeta, MicrobatchPlan, SampleMeta, StepPlan, plan_step
+from meshweave.boundary.transfer import TransferPlan
 from meshweave.data.dataset import IGNORE, Dataset
 from meshweave.errors import DataError
 
@@ -63,6 +64,8 @@ class LocalStep:
     """Microbatch → this rank's lane; None on ranks outside the language model."""
     media: Mapping[str, tuple[MediaBatch | None, ...]]
     """Encoder → pass → this rank's lane; None on ranks outside the encoder, and where the lane has nothing to do."""
+    crossings: Mapping[tuple[str, int], TransferPlan]
+    """(encoder, microbatch) → who sends its media tokens to whom, where the microbatch has any."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Loader:
         batch_size: samples of a step, over all ranks and microbatches.
         language_lane: this rank's lane in the language model; None if outside.
         encoders: this rank's part in each encoder.
+        crossing: plans who sends a microbatch's tokens of an encoder to whom; nothing crosses without it.
         rank, world, group: this process among those that plan together, and a gloo group of them for the
             loader's own use (it talks from a background thread). Without a group this process plans alone.
         on_error: what an unreadable sample does, on all ranks alike: "skip" names it once in the log of rank
@@ -112,6 +116,7 @@ class Loader:
         language_lanes: int,
         language_lane: int | None,
         encoders: Mapping[str, EncoderRole],
+        crossing: Callable[[MicrobatchPlan, str], TransferPlan] | None = None,
         rank: int = 0,
         world: int = 1,
         group: dist.ProcessGroup | None = None,
@@ -125,6 +130,7 @@ class Loader:
         self.dataset, self.batch_size, self.microbatches = dataset, batch_size, microbatches
         self.language_lanes, self.language_lane, self.encoders = language_lanes, language_lane, dict(encoders)
         self.rank, self.world = (rank, world) if group is not None else (0, 1)
+        self.crossing = crossing
         self.group, self.seed, self.shuffle, self.on_error = group, seed, shuffle, on_error
         self.steps_per_epoch = len(dataset) // batch_size if drop_last else -(-len(dataset) // batch_size)
         self._named: set[int] = set()
@@ -164,7 +170,7 @@ class Loader:
             failed = self._agreed_failures({sample: why for sample, why in reader.failed.items() if sample not in bad})
             if not failed:
                 self._refuse_if_nothing_can_be_read(len(samples), bad)
-                return LocalStep(plan, len(bad), language, media)
+                return LocalStep(plan, len(bad), language, media, self._crossings(plan))
             bad |= failed
 
     def _refuse_if_nothing_can_be_read(self, samples: int, bad: Mapping[int, str]) -> None:
@@ -220,6 +226,16 @@ class Loader:
                 if len(self._named) <= MOST_NAMED:
                     more = "; further ones are counted, not named" if len(self._named) == MOST_NAMED else ""
                     logger.warning("sample %d is skipped: %s%s", sample, bad[sample], more)
+
+    def _crossings(self, plan: StepPlan) -> dict[tuple[str, int], TransferPlan]:
+        if self.crossing is None:
+            return {}
+        return {
+            (encoder, number): self.crossing(microbatch, encoder)
+            for number, microbatch in enumerate(plan.microbatches)
+            for encoder, items in microbatch.items.items()
+            if items
+        }
 
     def _load_language(self, plan: MicrobatchPlan, reader: "_Reader") -> LanguageBatch | None:
         lane = self.language_lane

@@ -1,10 +1,13 @@
 """Which dataset does a run file name, and how does this rank load it?"""
 
+from functools import partial
 from typing import Any
 
 from transformers import AutoProcessor, PreTrainedConfig
 
-from meshweave.batch import EncoderPasses
+from meshweave.batch import EncoderPasses, MicrobatchPlan
+from meshweave.boundary import TransferPlan
+from meshweave.boundary.crossing import plan_crossing
 from meshweave.config import LANGUAGE, DataConfig, RunConfig
 from meshweave.data.dataset import Dataset, Source
 from meshweave.data.loader import EncoderRole, Loader, require_full_step
@@ -75,6 +78,7 @@ def build_loader(run: RunConfig, dataset: Dataset, world: World, schedule: Sched
         language_lanes=language.layout.dp,
         language_lane=language.lane(world.rank),
         encoders={name: _role(name, world.placements[name], schedule, world.rank) for name in run.encoders},
+        crossing=partial(_crossing, world),
         rank=world.rank,
         world=world.size,
         group=world.data_group,
@@ -83,6 +87,14 @@ def build_loader(run: RunConfig, dataset: Dataset, world: World, schedule: Sched
         on_error=run.data.on_error if run.data else "stop",
         drop_last=training,
     )
+
+
+def _crossing(world: World, plan: MicrobatchPlan, encoder: str) -> TransferPlan:
+    """With this rank's part of both ways worked out: in the loader's thread, which the step does not wait for."""
+    crossing = plan_crossing(plan, encoder, world.placements, world.node_size)
+    for way in (crossing, crossing.transpose()):
+        way.for_rank(world.rank)
+    return crossing
 
 
 def encoder_passes(encoder: str, placement: Placement, schedule: Schedule) -> EncoderPasses:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from meshweave.boundary.crossing import plan_crossing
 from meshweave.config import LANGUAGE
 from meshweave.data.loader import LocalStep
 from meshweave.parallel.build import LocalModel
@@ -15,7 +14,6 @@ from meshweave.schedule.runtime import Place, execute, lost_ranks_named
 from meshweave.schedule.schedule import Schedule
 from meshweave.schedule.simulate import Span
 from meshweave.train.gradients import scale_gradients, squared_norm, sum_partial_gradients, sum_tied_gradients
-from meshweave.train.token_mail import Crossings
 from meshweave.train.worker import StepWorker, Travel
 from meshweave.train.world import World
 
@@ -62,13 +60,7 @@ def run_step(
     Raises:
         RankError: a peer hangs or is gone.
     """
-    crossings = {
-        (encoder, number): plan_crossing(plan, encoder, world.placements, world.node_size)
-        for number, plan in enumerate(step.plan.microbatches)
-        for encoder, items in plan.items.items()
-        if items
-    }
-    worker = StepWorker(model, step, world, schedule, crossings, travel)
+    worker = StepWorker(model, step, world, schedule, travel)
     execute(Place(schedule, world.rank, world.timeout_seconds, world.device.type == "cuda"), worker, clocked)
     backward = schedule.work.modules[LANGUAGE].backward
     norms = torch.zeros(len(world.placements), dtype=torch.float64, device=world.device)
@@ -83,12 +75,12 @@ def run_step(
             dist.all_reduce(totals)
     loss_sum, targets, exact, samples, *squares = totals.tolist()
     squared_norms = dict(zip(world.placements, squares, strict=True)) if backward else {}
-    return Totals(loss_sum, int(targets), int(exact), int(samples), squared_norms, _crossed(crossings, schedule))
+    return Totals(loss_sum, int(targets), int(exact), int(samples), squared_norms, _crossed(step, schedule))
 
 
-def _crossed(crossings: Crossings, schedule: Schedule) -> dict[str, tuple[int, int]]:
+def _crossed(step: LocalStep, schedule: Schedule) -> dict[str, tuple[int, int]]:
     crossed = dict.fromkeys(schedule.work.encoders, (0, 0))
-    for (encoder, _), crossing in crossings.items():
+    for (encoder, _), crossing in step.crossings.items():
         there, back = crossed[encoder]
         returned = crossing.transpose().tokens_moved if schedule.work.modules[encoder].backward else 0
         crossed[encoder] = there + crossing.tokens_moved, back + returned

@@ -9,9 +9,6 @@ from meshweave.boundary import Arrival, TransferPlan, outgoing
 from meshweave.schedule.actions import Action, Kind
 from meshweave.schedule.runtime import Message
 
-Crossings = Mapping[tuple[str, int], TransferPlan]
-"""(encoder, microbatch) to its transfer plan, where the microbatch has any of the encoder's media."""
-
 _BACK = frozenset({Kind.SEND_TOKEN_GRADIENTS, Kind.RECEIVE_TOKEN_GRADIENTS, Kind.SWAP_TOKEN_GRADIENTS})
 _SWAPS = frozenset({Kind.SWAP_TOKENS, Kind.SWAP_TOKEN_GRADIENTS})
 
@@ -25,8 +22,20 @@ class TokenMail:
     State: tensors that still have to be sent, and arrivals that fill.
     """
 
-    def __init__(self, crossings: Crossings, rank: int, nothing: Mapping[str, Tensor], sends: Counter[_Key]) -> None:
-        """`nothing`: encoder to [0, width] of its media tokens; `sends`: how many actions will send each tensor."""
+    def __init__(
+        self,
+        crossings: Mapping[tuple[str, int], TransferPlan],
+        rank: int,
+        nothing: Mapping[str, Tensor],
+        sends: Counter[_Key],
+    ) -> None:
+        """Prepares a step.
+
+        Args:
+            crossings: as in `LocalStep`.
+            nothing: encoder to [0, width] of its media tokens.
+            sends: how many actions will send each tensor.
+        """
         self._crossings, self._rank, self._nothing = crossings, rank, nothing
         self._left = Counter(sends)
         self._ready: dict[_Key, Tensor] = {}

@@ -20,7 +20,7 @@ from meshweave.schedule.actions import Action, Kind
 from meshweave.schedule.runtime import Message
 from meshweave.schedule.schedule import Schedule
 from meshweave.train.split_backward import SplitBackward
-from meshweave.train.token_mail import Crossings, TokenMail, sends_of
+from meshweave.train.token_mail import TokenMail, sends_of
 from meshweave.train.world import World
 
 _Key = tuple[str, int, int]
@@ -55,9 +55,7 @@ class StepWorker:
     State: activations and messages under way, and the sums over this rank's samples.
     """
 
-    def __init__(
-        self, model: LocalModel, step: LocalStep, world: World, schedule: Schedule, crossings: Crossings, travel: Travel
-    ) -> None:
+    def __init__(self, model: LocalModel, step: LocalStep, world: World, schedule: Schedule, travel: Travel) -> None:
         self.model, self.step, self.world, self.schedule, self.travel = model, step, world, schedule, travel
         self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)
         """Loss, target tokens, exact samples, samples; on the rank that reports for its lane."""
@@ -66,7 +64,7 @@ class StepWorker:
         self._nothing = {
             name: torch.zeros(0, sum(widths), dtype=travel.dtype, device=world.device) for name, widths in travel.widths.items()
         }
-        self._tokens = TokenMail(crossings, world.rank, self._nothing, sends_of(actions))
+        self._tokens = TokenMail(step.crossings, world.rank, self._nothing, sends_of(actions))
         self._done: dict[_Key, _Done] = {}
         self._received: dict[tuple[Kind, str, int, int], tuple[Tensor, ...]] = {}
         self._to_send: dict[tuple[Kind, str, int, int], tuple[Tensor, ...]] = {}
