@@ -152,3 +152,17 @@ def test_four_thousand_ranks_are_counted_quickly():
     found = footprints(graph, placed, {"vision": "shard", "language": "shard"}, {"vision": (range(3),), "language": (range(2),)})
     assert time.perf_counter() - start < 2.0
     assert sum(found["vision"].local.values()) == found["vision"].parameters
+
+
+def test_what_stays_gathered_through_a_step_is_counted_with_its_gradients():
+    """Whole parameters of the rank's stage, less its shard of them."""
+    run = _run({"ranks": "0-3"}, {"ranks": "0-3", "pp": 2, "dp": 2})
+    graph = graph_of(blueprint_of(llava(), torch.float32))
+    kinds = {name: module.data_parallel for name, module in run.modules.items()}
+    apart, together = (footprints(graph, placements(run), kinds, stage_cuts(run, graph), gathered) for gathered in ((), kinds))
+    vision = together["vision"]
+    assert vision.local == apart["vision"].local
+    assert all(vision.local[rank] + vision.gathered[rank] == vision.parameters for rank in range(4))
+    assert vision.local_bytes(0) == apart["vision"].local_bytes(0) + 2 * 4 * vision.gathered[0]
+    language = together["language"]
+    assert language.local[0] + language.local[1] == language.local[0] + language.gathered[0]

@@ -1,8 +1,8 @@
 """How much of a module does each rank hold? Parameters and bytes, from shapes and layouts alone."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
@@ -16,6 +16,9 @@ from meshweave.model.parts import parts_of
 
 COPIES = 4
 """Tensors kept for one parameter: itself, its gradient, and AdamW's two moments, all in the stored dtype."""
+
+GATHERED_COPIES = 2
+"""Tensors kept for a parameter that is gathered for a step: itself and its gradient."""
 
 SPLIT_DIMS: Mapping[str, tuple[int, int | None]] = {
     "colwise": (-2, 0),
@@ -43,10 +46,14 @@ class ModuleFootprint:
     Parameters that tie the first stage to the last count on both."""
     parameter_bytes: int
     """Bytes of one stored parameter."""
+    gathered: Mapping[int, int] = field(default_factory=dict)
+    """Rank to the parameters of other lanes that it also holds, with gradients, throughout a step."""
 
     def local_bytes(self, rank: int) -> int | None:
         """Bytes of `rank`'s parameters, gradients and AdamW state (no activations); None as for `local`."""
-        return None if self.local is None else self.local.get(rank, 0) * self.parameter_bytes * COPIES
+        if self.local is None:
+            return None
+        return (self.local.get(rank, 0) * COPIES + self.gathered.get(rank, 0) * GATHERED_COPIES) * self.parameter_bytes
 
 
 def footprints(
@@ -54,6 +61,7 @@ def footprints(
     placements: Mapping[str, Placement],
     data_parallel: Mapping[str, Literal["shard", "replicate"]],
     cuts: Mapping[str, tuple[range, ...]],
+    gathered: Container[str] = (),
 ) -> dict[str, ModuleFootprint]:
     """Footprint of every placed module.
 
@@ -61,29 +69,35 @@ def footprints(
         graph: a model in its stored dtype, not split; on the meta device it costs no memory.
         data_parallel: module to how it is kept over `dp`.
         cuts: module to the blocks of each of its (virtual) stages, as `stage_cuts` says.
+        gathered: modules whose parameters stay gathered over `dp` through a step (`Schedule.streams` is False).
 
     Raises:
         LayoutError: a module has `tp` above 1, but no tensor-parallel plan.
     """
     return {
-        name: _footprint(graph, name, placement, data_parallel[name] == "shard", cuts[name])
+        name: _footprint(graph, name, placement, data_parallel[name] == "shard", cuts[name], name in gathered)
         for name, placement in placements.items()
     }
 
 
-def _footprint(graph: ModelGraph, name: str, placement: Placement, sharded: bool, cut: Sequence[range]) -> ModuleFootprint:
+def _footprint(
+    graph: ModelGraph, name: str, placement: Placement, sharded: bool, cut: Sequence[range], gathered: bool
+) -> ModuleFootprint:
     layout = placement.layout
     parameters = graph.parameters(name)
     split = _split_dims(graph, name) if layout.tp > 1 else {}
-    local = None
+    local, others = None, {}
     if layout.ep == layout.etp == 1:
         lanes = layout.dp if sharded else 1
-        held = {}
+        held, whole_held = {}, {}
         for position in range(layout.pp):
             own = _of_stages(graph, name, parameters, [cut[stage] for stage in range(position, len(cut), layout.pp)], len(cut))
             # A model has a few distinct shapes and thousands of parameters.
             shapes = Counter((tuple(value.shape), split.get(key)) for key, value in own.items())
             for tp in range(layout.tp):
+                whole_held[position, tp] = sum(
+                    count * _part(shape, dim, layout.tp, tp, 1, 0) for (shape, dim), count in shapes.items()
+                )
                 for dp in range(lanes):
                     parts = (count * _part(shape, dim, layout.tp, tp, lanes, dp) for (shape, dim), count in shapes.items())
                     held[position, tp, dp] = sum(parts)
@@ -92,9 +106,11 @@ def _footprint(graph: ModelGraph, name: str, placement: Placement, sharded: bool
             coordinate = placement.coordinate(rank)
             assert coordinate is not None
             local[rank] = held[coordinate["pp"], coordinate["tp"], coordinate["dp"] if sharded else 0]
+            if gathered:
+                others[rank] = whole_held[coordinate["pp"], coordinate["tp"]] - local[rank]
     first = next(iter(parameters.values()))
     whole = sum(value.numel() for value in parameters.values())
-    return ModuleFootprint(whole, local, first.element_size())
+    return ModuleFootprint(whole, local, first.element_size(), others)
 
 
 def _of_stages(

@@ -31,10 +31,11 @@ def inspect_run(run: RunConfig, console: Console) -> None:
     where = placements(run)
     graph = graph_of(blueprint_of(config, STORED[run.dtype]))
     kinds = {name: module.data_parallel for name, module in run.modules.items()}
-    held = footprints(graph, where, kinds, stage_cuts(run, graph))
     typical = typical_step(run, dataset_of(run, config))
     durations = model_durations(run, config, where, typical)
     schedule = plan_schedule(run, where, durations)
+    gathered = {name for name in where if not schedule.streams(name)}
+    held = footprints(graph, where, kinds, stage_cuts(run, graph), gathered)
     token_bytes = {name: sum(widths) * TRAVELS_AS[run.dtype].itemsize for name, widths in media_widths(config).items()}
     traffic = boundary_traffic(typical, where, token_bytes, run.node_size)
     console.print(render_layout_map(run, where, held, traffic))
