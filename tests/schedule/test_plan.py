@@ -76,6 +76,7 @@ def test_a_frozen_encoder_has_no_backward_and_an_evaluation_none_at_all() -> Non
         (APART, {"encoders": "nested"}, r"modules.vision.ranks \[0, 1\] are no ranks of the language model; use graph_1f1b"),
         (COLOCATED, {"encoders": "nested", "macro_batch": 2}, r"schedule.macro_batch=2: nested works microbatch by microbatch"),
         (COLOCATED, {"macro_batch": 9}, r"schedule.macro_batch=9: more than train.microbatches=4"),
+        (FLAT, {"microbatches": 9}, r"train.batch_size=16: fewer samples than language lanes × microbatches \(2 × 9\)"),
         (COLOCATED, {"virtual_stages": 2}, r"schedule.virtual_stages: only `language: interleaved` reads this"),
         (COLOCATED, {"language": "interleaved", "virtual_stages": 1}, r"schedule.virtual_stages=1: nothing to interleave"),
     ],

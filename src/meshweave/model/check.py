@@ -5,7 +5,7 @@ import logging
 import torch
 from transformers import PreTrainedConfig
 
-from meshweave.config import LANGUAGE, RunConfig
+from meshweave.config import RunConfig
 from meshweave.errors import ConfigError
 from meshweave.layout import placements
 from meshweave.model.blueprint import blueprint_of
@@ -75,7 +75,7 @@ def check_model(run: RunConfig, config: PreTrainedConfig) -> None:
 
 
 def check_executable(run: RunConfig, config: PreTrainedConfig) -> None:
-    """Refuses what geometry knows but no executor runs yet, batches too small for their lanes, a run folder that cannot be, and
+    """Refuses what geometry knows but no executor runs yet, a run folder that cannot be, and
     weights that are missing or do not fit.
 
     Raises:
@@ -92,12 +92,6 @@ def check_executable(run: RunConfig, config: PreTrainedConfig) -> None:
         run.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         wrong.append(f"output={str(run.output)!r}: cannot be created ({error.strerror}); choose a folder that can")
-    lanes, train = run.modules[LANGUAGE].dp, run.train
-    if train.batch_size < lanes * train.microbatches:
-        wrong.append(
-            f"train.batch_size={train.batch_size}: fewer samples than language lanes × microbatches "
-            f"({lanes} × {train.microbatches}), so some would always be empty; raise it to at least {lanes * train.microbatches}"
-        )
     if wrong:
         raise ConfigError("\n".join(["this run cannot start:", *(f"  {line}" for line in wrong)]))
     if run.weights == "pretrained":

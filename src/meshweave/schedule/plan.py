@@ -102,6 +102,12 @@ def check_choice(run: RunConfig, placements: Mapping[str, Placement]) -> None:
             f"schedule.macro_batch={chosen.macro_batch}: more than train.microbatches={run.train.microbatches}; lower it, or "
             "leave it out"
         )
+    lanes, train = run.modules[LANGUAGE].dp, run.train
+    if train.batch_size < lanes * train.microbatches:
+        wrong.append(
+            f"train.batch_size={train.batch_size}: fewer samples than language lanes × microbatches "
+            f"({lanes} × {train.microbatches}), so some would always be empty; raise it to at least {lanes * train.microbatches}"
+        )
     if wrong:
         raise ConfigError("\n".join(["this schedule cannot be:", *(f"  {line}" for line in wrong)]))
 
