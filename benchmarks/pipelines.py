@@ -6,8 +6,8 @@ Pipelines of 2 ranks, then of 4, over a LLaVA-shaped model (CLIP tower, Qwen3 la
 samples that are all alike. "step" runs from a barrier to the end of the last computation on any rank; "simulated" clocks the same
 schedule with the medians of that step's own computations, and with messages as a ping-pong between two processes finds them;
 "full step" adds gradient norms and the optimizer, and is what tokens/s counts. These are the fastest step's, the one least
-disturbed by whatever else the machine does; "median" and "errors" are of all counted steps, over rounds in which every case has its
-turn. Where there are more ranks than cores, ranks wait for cores, which no schedule shows: compare 4 ranks on 4 free cores or more.
+disturbed by whatever else the machine does; "median" and "errors" are of all counted steps, over rounds in which every case has
+its turn. Where there are more ranks than cores, ranks wait for cores, which no schedule shows: 4 ranks need 4 free cores.
 "held" are the most microbatches whose encoder activations a rank keeps (of its stage, where the encoder is a pipeline itself).
 """
 
