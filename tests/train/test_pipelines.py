@@ -106,7 +106,7 @@ CASES = {
     # Few samples: lanes and microbatches without media, and stages without samples.
     "one microbatch": Case("qwen3_vl", module("0-1", dp=2), module("2-3", pp=2), 1),
     "a sample a microbatch": Case("llava", module("0-2", dp=3), module("0-2", pp=3), 4, {"macro_batch": 1}, batch_size=4),
-    "fewer samples than slots": Case("qwen3_vl", module("0-1", dp=2), module("2-5", pp=2, dp=2), 4, batch_size=6),
+    "a sample a lane and microbatch": Case("qwen3_vl", module("0-1", dp=2), module("2-5", pp=2, dp=2), 4, batch_size=8),
     "two samples": Case("llava", module("0-1", dp=2), module("0-1", pp=2), 2, batch_size=2),
     # Not trained.
     "frozen: vision runs ahead": Case("llava", module("0", frozen=True), module("1-2", pp=2), 10),
@@ -115,6 +115,7 @@ CASES = {
     "frozen: tower alone": Case("llava", module("0-1", dp=2, frozen=["vision_tower"]), module("2-3", pp=2)),
     "frozen: tower alone, its pipeline": Case("qwen3_vl", module("0-1", pp=2, frozen=["visual.blocks"]), module("0-1", pp=2), 2),
     "frozen: language model": Case("qwen3_vl", module("0-1", dp=2), module("0-1", pp=2, frozen=True), 2),
+    "frozen: language model, lanes without media": Case("llava", module("0-1", dp=2), module("0-1", dp=2, frozen=True)),
     "frozen: language model, zero bubble": Case("llava", module("0"), module("1-2", pp=2, frozen=True), 2, ZERO_BUBBLE),
     "frozen: a stage of the language model": Case(
         "llava", module("0", frozen=True), module("1-2", pp=2, layers=[1, 2], frozen=["embed_tokens", "layers.0."]), 2

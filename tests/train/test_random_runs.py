@@ -68,6 +68,7 @@ def draw_run(seed: int, folder: Path) -> RunConfig:
     for name in random.sample(names, len(names) - 1):
         if random.random() < 0.25:
             modules[name]["frozen"] = random.choice(FROZEN[name])
+    batch_size = max(modules["language"]["dp"] * microbatches, random.choice([1, 4, 7, 10]))
     stages = modules["language"]["pp"] * schedule.get("virtual_stages", 1)
     config = draw_model(random, family, stages)
     used = set().union(*(ranks_of(its) for its in modules.values()))
@@ -80,7 +81,7 @@ def draw_run(seed: int, folder: Path) -> RunConfig:
         schedule=schedule,
         idle_ranks=",".join(str(rank) for rank in range(max(used)) if rank not in used) or (),
         node_size=random.choice([None, None, 2]),
-        train={"batch_size": random.choice([1, 4, 7, 10]), "microbatches": microbatches},
+        train={"batch_size": batch_size, "microbatches": microbatches},
         seed=seed,
     )
 

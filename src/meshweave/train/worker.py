@@ -160,6 +160,9 @@ class StepWorker:
             "grids": grids,
             "hidden": inputs[0] if inputs else None,
             "labels": labels,
+            # Lanes that gather parameters together must also go backward together, those without media, too.
+            "backward": self.schedule.streams(LANGUAGE)
+            and any(work.modules[encoder].backward and plan.items[encoder] for encoder in work.encoders),
         }
         module = self.model.modules[LANGUAGE].stages[stage]
         if split is not None:
