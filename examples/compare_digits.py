@@ -21,7 +21,8 @@ def main(steps: int = 12) -> None:
     """Prints mean step time and speed without the first few steps, as the summary of a training run has them."""
     lines = []
     for name, changes in LAYOUTS.items():
-        short = [f"train.steps={steps}", "train.microbatches=4", "train.warmup_steps=0", "data.eval_samples=0", f"output=runs/digits/{name}"]
+        short = [f"train.steps={steps}", "train.microbatches=4", "train.warmup_steps=0", "data.eval_samples=0"]
+        short.append(f"output=runs/digits/{name}")
         run = meshweave.load_config(Path(__file__).with_name("digits.yaml"), [*changes, *short])
         summary = meshweave.launch(run, partial(meshweave.train, config=read_model_config(run.model)))
         if summary is not None:
