@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from meshweave.config import load_config as load_config
     from meshweave.layout import Layout as Layout
     from meshweave.layout import Placement as Placement
-    from meshweave.train.trainer import train as train
+    from meshweave.schedule.plan import plan_schedule as plan_schedule
+    from meshweave.schedule.simulate import simulate as simulate
     from meshweave.train.verify import verify as verify
     from meshweave.train.world import launch as launch
 
@@ -27,9 +28,10 @@ _HOMES = {
     "lane_ownership": "meshweave.boundary",
     "launch": "meshweave.train.world",
     "load_config": "meshweave.config",
+    "plan_schedule": "meshweave.schedule.plan",
     "plan_step": "meshweave.batch",
     "plan_transfer": "meshweave.boundary",
-    "train": "meshweave.train.trainer",
+    "simulate": "meshweave.schedule.simulate",
     "verify": "meshweave.train.verify",
 }
 

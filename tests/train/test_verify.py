@@ -50,18 +50,18 @@ PAIRS = {
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_layout_pair_equals_the_single_process_in_float64(family: str, pair: str, tmp_path: Path) -> None:
     vision, language = PAIRS[pair]
-    report = verified(run_of(write_model_folder(CONFIGS[family](), tmp_path), vision, language))
+    steps = STEPS if family == "llava" else 2
+    report = verified(run_of(write_model_folder(CONFIGS[family](), tmp_path), vision, language), steps=steps)
     assert report.passed, report
-    assert report.samples == 10 * STEPS
-    assert report.media_items > 10 * STEPS
+    assert report.samples == 10 * steps
+    assert report.media_items > 10 * steps
     assert report.parameters > 80
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
-@pytest.mark.parametrize("pair", list(PAIRS)[:12])
-def test_a_layout_pair_equals_the_single_process_in_float32(family: str, pair: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "pair"), enumerate(list(PAIRS)[:12]), ids=list(PAIRS)[:12])
+def test_a_layout_pair_equals_the_single_process_in_float32(number: int, pair: str, tmp_path: Path) -> None:
     vision, language = PAIRS[pair]
-    folder = write_model_folder(CONFIGS[family](), tmp_path)
+    folder = write_model_folder(CONFIGS[("llava", "qwen3_vl")[number % 2]](), tmp_path)
     report = verified(run_of(folder, vision, language, dtype="float32", train={"microbatches": 1}))
     assert report.passed, report
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from meshweave.model.modules import graph_of, media_widths
 from meshweave.parallel.build import LocalModel, build_model
 from meshweave.report.curves import draw_loss_curve
 from meshweave.report.summary import Crossing, Summary
+from meshweave.schedule.simulate import Timeline
 from meshweave.train.data import build_datasets, build_loader
 from meshweave.train.export import export_model
 from meshweave.train.metrics import MetricsLog
@@ -64,9 +66,12 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
     flops = {name: count_flops(graph, name) for name in run.modules}
     travel = Travel(media_widths(config), config.get_text_config().hidden_size, TRAVELS_AS[run.dtype])
     token_bytes = {name: sum(widths) * travel.dtype.itemsize for name, widths in travel.widths.items()}
-    log = MetricsLog(run.output) if world.rank == 0 else None
     records: list[dict[str, Any]] = []
-    with _progress(world, run.train.steps) as progress:
+    measured: Timeline | None = None
+    with ExitStack() as stack:
+        # Closed on any way out: its thread must not outlive a run that failed.
+        log = stack.enter_context(closing(MetricsLog(run.output))) if world.rank == 0 else None
+        progress = stack.enter_context(_progress(world, run.train.steps))
         task = progress.add_task("training", total=run.train.steps, shown="")
         started = time.perf_counter()
         for number, step in enumerate(loader.steps(0, run.train.steps)):
@@ -74,8 +79,6 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             totals = run_step(model, step, world, schedule, travel, clock.spans if clock else None)
             if clock is not None:
                 measured = measured_timeline(world, clock)
-                if world.rank == 0:
-                    write_measured(measured, run.output)
             updated = finish_gradients(model, totals, run.train.max_grad_norm)
             if updated:
                 optimizer.step()
@@ -112,9 +115,10 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
                 progress.console.print(f"step {number + 1:>6}/{run.train.steps}  {shown}")
     evaluation = evaluate(world, run, config, model, held_out, travel) if held_out is not None else None
     export_model(world, model, config, run.dtype, run.model, run.output / "model")
-    if log is not None:
+    if world.rank == 0:
         draw_loss_curve(records, run.output / "loss.png")
-        log.close()
+        if measured is not None:
+            write_measured(measured, run.output)
     return _summary(run, records, evaluation, trace)
 
 
