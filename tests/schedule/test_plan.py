@@ -90,3 +90,19 @@ def test_a_schedule_over_the_activation_budget_is_refused() -> None:
     language = {"ranks": "0-3", "pp": 4, "max_in_flight": 3}
     with pytest.raises(ScheduleError, match=r"rank 0: language holds the activations of 4 .*max_in_flight=3"):
         planned(run_of({**COLOCATED, "language": language}, microbatches=8))
+
+
+def test_a_language_model_without_a_pipeline_streams_also_beside_an_encoder_on_some_of_its_ranks() -> None:
+    """Its parameters must not stay gathered for a step because half of its ranks do something else, too."""
+    schedule = planned(run_of({"vision": {"ranks": "0-1"}, "language": {"ranks": "0-3"}}))
+    assert len(schedule.work.programs) == 2
+    assert Kind.GATHER not in kinds(schedule, "language")
+    assert schedule.work.gangs["language", 0] == (0, 1)
+
+
+def test_pipelines_that_make_every_rank_a_program_of_its_own_are_refused() -> None:
+    modules = {"vision": {"ranks": "0-1022", "pp": 3}, "language": {"ranks": "0-1023", "pp": 4}}
+    train = {"steps": 1, "batch_size": 1024, "microbatches": 4}
+    run = parse_config({"model": "model", "modules": modules, "train": train})
+    with pytest.raises(ConfigError, match=r"modules.vision.pp=3, modules.language.pp=4: .* choose sizes that divide one another"):
+        planned(run)

@@ -31,7 +31,7 @@ def sum_tied_gradients(module: LocalModule, placement: Placement, rank: int) -> 
     other = {pipeline[0]: pipeline[-1], pipeline[-1]: pipeline[0]}.get(rank)
     for name in module.tied:
         parameter = module.parameters[name]
-        if parameter.grad is None:  # a step without any text: no stage has one
+        if parameter.grad is None:  # frozen, on both stages
             continue
         assert other is not None
         (grad,) = local_gradients([parameter])

@@ -1,5 +1,6 @@
 """How does a backward come in halves? First the gradient of the input, for which another stage waits; of the weights later."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ class SplitBackward:
     """One forward, recorded so that its backward can be split.
 
     A matrix product's two gradients need nothing of one another. The first half runs through the graph for the gradient of the
-    input, computes those of small parameters on its way (norms, biases, embeddings), and keeps what reaches each matrix product;
+    input, computes those of other parameters on its way (norms, a matrix used twice), and keeps what reaches each product;
     the second half computes the matrices' gradients from that alone.
 
     State: the matrix products, and after the first half what reached them.
@@ -37,9 +38,11 @@ class SplitBackward:
         parameters: Iterable[nn.Parameter],
     ) -> list[Tensor | None]:
         """The first half: gradients of `inputs`; those of parameters outside matrix products are added to their `grad`."""
-        matrices = {id(parameter) for _, parameter in self.outputs}
-        others = [parameter for parameter in parameters if parameter.requires_grad and id(parameter) not in matrices]
-        edges = [edge for edge, _ in self.outputs]
+        uses = Counter(id(parameter) for _, parameter in self.outputs)
+        # From a later use of a matrix, autograd would go on to its earlier ones and count these twice.
+        once = [(edge, parameter) for edge, parameter in self.outputs if uses[id(parameter)] == 1]
+        others = [parameter for parameter in parameters if parameter.requires_grad and uses[id(parameter)] != 1]
+        edges = [edge for edge, _ in once]
         found = torch.autograd.grad(
             outputs,
             [*inputs, *edges, *others],  # type: ignore[arg-type]
@@ -50,7 +53,7 @@ class SplitBackward:
         first, second = len(inputs), len(inputs) + len(edges)
         self.reached = [
             (edge, parameter, gradient)
-            for (edge, parameter), gradient in zip(self.outputs, found[first:second], strict=True)
+            for (edge, parameter), gradient in zip(once, found[first:second], strict=True)
             if gradient is not None
         ]
         for parameter, gradient in zip(others, found[second:], strict=True):
