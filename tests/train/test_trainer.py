@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.models import CONFIGS, write_model_folder
 from transformers import AutoModelForImageTextToText
 
 from meshweave.config import RunConfig, parse_config
 from meshweave.errors import CheckpointError, ConfigError, DataError
 from meshweave.model.blueprint import read_model_config
+from meshweave.model.encoder import EncoderStage
 from meshweave.report.summary import Summary
+from meshweave.train.schedules import typical_step
 from meshweave.train.trainer import train
 from meshweave.train.world import World, _join_slurm, launch
 
@@ -89,6 +92,53 @@ def test_bfloat16_trains_close_to_float32(tmp_path: Path) -> None:
         losses[dtype] = trained(run_of(tmp_path, dtype=dtype, output=str(tmp_path / dtype))).loss
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
     assert losses["bfloat16"] != losses["float32"]
+
+
+def test_a_bfloat16_pipeline_trains_close_to_one_rank_in_float32(tmp_path: Path) -> None:
+    """Float32 gradient sums, also of the weight gradients that zero-bubble puts off; evaluated as a pipeline, too."""
+    options = {"steps": 8, "batch_size": 8, "microbatches": 4, "lr": 3e-3, "warmup_steps": 2}
+    one = {"vision": {"ranks": 0}, "language": {"ranks": 0}}
+    pipeline = {"vision": {"ranks": "0-1"}, "language": {"ranks": "0-1", "pp": 2}}
+    schedule = {"encoders": "nested", "language": "zero_bubble"}
+    plain = trained(run_of(tmp_path, modules=one, train=options, output=str(tmp_path / "one")))
+    piped = trained(
+        run_of(tmp_path, modules=pipeline, train=options, schedule=schedule, dtype="bfloat16", output=str(tmp_path / "pipeline"))
+    )
+    assert piped.loss == pytest.approx(plain.loss, rel=0.02)
+    assert piped.eval_loss == pytest.approx(plain.eval_loss, rel=0.02)
+    assert piped.evaluated == plain.evaluated == 10
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_more_media_tokens_than_the_data_counts_are_refused(
+    frozen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frozen encoder's surplus would otherwise shift every later token of the lane in silence."""
+    whole = EncoderStage.forward
+
+    def longer(stage: EncoderStage, *arguments: Any) -> Any:
+        return tuple(torch.cat([tensor, tensor[:1]]) for tensor in whole(stage, *arguments))
+
+    monkeypatch.setattr(EncoderStage, "forward", longer)
+    modules = {"vision": {"ranks": "0-1", "frozen": frozen}, "language": {"ranks": "0-1"}}
+    with pytest.raises(DataError, match=r"vision, pass 0, on rank \d: the encoder made \d+ media tokens of \d+ items"):
+        trained(run_of(tmp_path, modules=modules))
+
+
+def test_ranks_that_see_other_data_follow_the_same_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rank 1 cannot read when schedules are planned must not make it plan another one."""
+    seen: list[int] = []
+
+    def blind(run: RunConfig, dataset: Any) -> Any:
+        seen.append(dist.get_rank())
+        assert seen == [0], "only rank 0 looks at the data to plan"
+        return typical_step(run, dataset)
+
+    monkeypatch.setattr("meshweave.train.schedules.typical_step", blind)
+    modules = {"vision": {"ranks": 0}, "language": {"ranks": "1-2", "pp": 2}}
+    options = {"steps": 2, "batch_size": 8, "microbatches": 4}
+    data = {"source": "synthetic", "samples": 64}
+    assert trained(run_of(tmp_path, modules=modules, train=options, data=data)).steps == 2
 
 
 def test_a_non_finite_gradient_skips_the_update_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
