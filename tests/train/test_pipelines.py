@@ -34,18 +34,13 @@ class Case:
     batch_size: int = 10
     changes: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def steps(self) -> int:
-        """Two where more than two ranks share the cores of a small machine."""
-        return STEPS if {self.vision["ranks"], self.language["ranks"]} <= {"0", "1", "0-1"} else 2
-
-    def verified(self, folder: Path, steps: int | None = None) -> VerifyReport:
+    def verified(self, folder: Path, steps: int = STEPS) -> VerifyReport:
         config = CONFIGS[self.family](tied=True) if self.tied else CONFIGS[self.family]()
         config = with_layers(config, self.vision_layers, self.language_layers)
         write_model_folder(config, folder, weights=self.changes.get("weights") == "pretrained")
         train = {"microbatches": self.microbatches, "batch_size": self.batch_size}
         run = run_of(folder, self.vision, self.language, train=train, schedule=self.schedule, **self.changes)
-        return verified(run, steps or self.steps)
+        return verified(run, steps)
 
 
 CASES = {
@@ -57,6 +52,7 @@ CASES = {
     "apart: pp2 into pp2, deepstack": Case("qwen3_vl", module("0-1", pp=2), module("2-3", pp=2)),
     "apart: pp3 into one rank": Case("llava", module("0-2", pp=3), module("3"), 2, vision_layers=4),
     "apart: tp2 pp2 into pp2": Case("qwen3_vl", module("0-3", tp=2, pp=2), module("4-5", pp=2), 2),
+    "apart: tp2 pp2 dp2 into one rank": Case("llava", module("0-7", tp=2, pp=2, dp=2), module("8"), 2),
     "apart: pp2 dp2 into tp2 pp2": Case("llava", module("0-3", dp=2, pp=2), module("4-7", tp=2, pp=2), 2),
     "apart: dp2 into dp3": Case("qwen3_vl", module("0-1", dp=2), module("2-4", dp=3), 2),
     "apart: dp3 into pp2 dp2": Case("llava", module("0-2", dp=3), module("3-6", pp=2, dp=2), 2),
@@ -153,7 +149,7 @@ def test_a_pipeline_equals_the_single_process(case: str, tmp_path: Path) -> None
     its = CASES[case]
     report = its.verified(tmp_path)
     assert report.passed, report
-    assert report.samples == its.batch_size * its.steps
+    assert report.samples == its.batch_size * STEPS
     assert report.media_items > its.batch_size
 
 
