@@ -21,8 +21,8 @@ class MediaMeta:
     grid: tuple[int, ...] | None = None
     """(t, h, w) in patches, where the family's position ids need it."""
     runs: tuple[tuple[int, int], ...] = ()
-    """(position in the sample's fused sequence, tokens) of each unbroken run of its media tokens, ascending: who embeds a slice of
-    the sequence needs to know where it falls."""
+    """(position in the sample's fused sequence, tokens) of each unbroken run of its media tokens, ascending: who embeds a slice
+    of the sequence needs to know where it falls."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What does a model of a given configuration take? Random ragged samples, for tests and `verify`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -64,9 +64,13 @@ class SyntheticDataset:
     def meta(self, index: int) -> SampleMeta:
         """Token counts and grids; the cost of an item is its number of patches."""
         texts, sizes = self._shape(index)
-        media = tuple(self._images.meta(self.module, *size) for size in sizes)
-        framed = sum(item.tokens + sum(map(len, self._frame)) for item in media)
-        return SampleMeta(index, sum(texts) + framed, media)
+        media, position = [], texts[0]
+        before, after = map(len, self._frame)
+        for size, text in zip(sizes, texts[1:], strict=True):
+            item = self._images.meta(self.module, *size)
+            media.append(replace(item, runs=((position + before, item.tokens),)))
+            position += before + item.tokens + after + text
+        return SampleMeta(index, position, tuple(media))
 
     def text(self, index: int) -> tuple[Tensor, Tensor]:
         """`input_ids` and `labels` [tokens] int64; the last text is the target."""

@@ -1,5 +1,6 @@
 """What does a whole model look like? Its config, and its shapes and names without memory."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ def read_model_config(folder: Path) -> PreTrainedConfig:
 
 def blueprint_of(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The whole model on the meta device: shapes and names, no memory."""
+    config = copy.deepcopy(config)  # transformers keeps it in the model and writes to it
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.train()

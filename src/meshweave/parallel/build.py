@@ -16,11 +16,12 @@ from meshweave.model.families import tensor_plans
 from meshweave.model.frozen import frozen_names
 from meshweave.model.language import LanguageStage
 from meshweave.model.modules import ModelGraph, first_names, graph_of
+from meshweave.model.slicing import LanePart, sequence_rule
 from meshweave.model.stages import stage_cuts
 from meshweave.model.weights import fill_pretrained, fill_seeded, materialise
 from meshweave.parallel.data import data_parallel
-from meshweave.parallel.mesh import axis_mesh
-from meshweave.parallel.tensor import tensor_parallel
+from meshweave.parallel.mesh import axis_mesh, build_sequence_groups
+from meshweave.parallel.tensor import replicated_names, sequence_parallel, tensor_parallel
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class LocalModel:
     modules: Mapping[str, LocalModule]
     cuts: Mapping[str, tuple[range, ...]]
     """Every module of the run, also those of other ranks, to the blocks of each of its (virtual) stages."""
+    part: LanePart
+    """What this rank holds of its language-model lane's sequences."""
 
 
 def build_model(
@@ -66,20 +69,28 @@ def build_model(
     """
     stored = STORED[run.dtype]
     graph = graph_of(blueprint_of(model_config, stored))
+    if sequence_rule(run, model_config).packed:
+        import meshweave.parallel.naive_tmp
+
+        graph.model.base_model.language_model.set_attn_implementation("meshweave")
     blueprint = blueprint_of(model_config, stored)
     cuts = stage_cuts(run, graph)
     modules = {}
+    part = _lane_part(run, model_config, placements[LANGUAGE], meshes[LANGUAGE], rank)
     for name, placement in placements.items():
         coordinate = placement.coordinate(rank)
         if coordinate is None:
             continue
         cut, pp = cuts[name], placement.layout.pp
         # Before anything else is done to the sub-modules: stand-ins take after what they replace.
-        stages = {number: _stage(graph, name, cut[number]) for number in range(coordinate["pp"], len(cut), pp)}
+        stages = {number: _stage(graph, name, cut[number], part) for number in range(coordinate["pp"], len(cut), pp)}
         tp, dp = axis_mesh(meshes[name], "tp"), axis_mesh(meshes[name], "dp")
         partial: list[str] = []
         if tp is not None:
             for child, plan in tensor_plans(graph, name).items():
+                if name == LANGUAGE and part.rule.tp > 1:
+                    sequence_parallel(graph.model.get_submodule(child), tp, plan)
+                    continue
                 partial += [f"{child}.{key}" for key in tensor_parallel(graph.model.get_submodule(child), tp, plan)]
         named = graph.parameters(name)
         for key in frozen_names(run.modules[name], named):
@@ -97,6 +108,8 @@ def build_model(
             fill_seeded({**parameters, **buffers}, blueprint, run.seed)
         else:
             fill_pretrained({**parameters, **buffers}, blueprint, run.model)
+        if name == LANGUAGE and part.rule.tp > 1:
+            partial += replicated_names(parameters)
         tied = _tied(blueprint, parameters) if pp > 1 else frozenset()
         modules[name] = LocalModule(
             name,
@@ -106,11 +119,28 @@ def build_model(
             tied,
             tied if len(cut) - 1 in stages else frozenset(),
         )
-    return LocalModel(graph, modules, cuts)
+    return LocalModel(graph, modules, cuts, part)
 
 
-def _stage(graph: ModelGraph, name: str, blocks: range) -> nn.Module:
-    return LanguageStage(graph, blocks) if name == LANGUAGE else EncoderStage(graph, name, blocks)
+def _lane_part(run: RunConfig, config: PreTrainedConfig, placement: Placement, mesh: DeviceMesh, rank: int) -> LanePart:
+    """Every rank of the world must call it: it makes process groups."""
+    rule = sequence_rule(run, config)
+    groups = build_sequence_groups(placement, 1)
+    coordinate = placement.coordinate(rank)
+    if coordinate is None:
+        return LanePart(rule)
+    tp = axis_mesh(mesh, "tp")
+    return LanePart(
+        rule,
+        coordinate["cp"],
+        coordinate["tp"] if rule.tp > 1 else 0,
+        tuple(group for group in (groups.ring, groups.ulysses) if group is not None),
+        tp.get_group() if tp is not None else None,
+    )
+
+
+def _stage(graph: ModelGraph, name: str, blocks: range, part: LanePart) -> nn.Module:
+    return LanguageStage(graph, blocks, part) if name == LANGUAGE else EncoderStage(graph, name, blocks)
 
 
 def _held(

@@ -1,16 +1,24 @@
 """Which process groups does a module's layout need? Turns placements into device meshes."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshweave.errors import LayoutError
 from meshweave.layout import AXES, Placement
 
+_MESH_AXES = ("pp", "replicas", "dp", "tp")
+
 
 def build_meshes(placements: Mapping[str, Placement], device_type: str) -> dict[str, DeviceMesh]:
-    """One mesh per module; axes of size 1 other than `dp` are left out, so that no process group is made for them.
+    """One mesh per module, for its parameters; axes of size 1 other than `dp` are left out, so that no process group is made for
+    them.
+
+    The mesh's `dp` joins the layout's `dp` and `cp`: ranks that share a sequence keep the same parameters and add up their
+    gradients, as lanes do.
 
     Every rank of the world must call this with the same placements in the same order, ranks outside a module included:
     a process group that only its members build hangs, or sums silently wrong.
@@ -23,13 +31,39 @@ def build_meshes(placements: Mapping[str, Placement], device_type: str) -> dict[
     for name, placement in placements.items():
         if list(placement.ranks) != sorted(placement.ranks):
             raise LayoutError(f"{name}: a mesh needs ascending ranks, got {placement.ranks}")
-        sizes = zip(AXES, placement.layout.sizes(), strict=True)
-        named = [(axis, size) for axis, size in sizes if size > 1 or axis == "dp"]
-        grid = torch.tensor(placement.ranks).reshape([size for _, size in named])
-        meshes[name] = DeviceMesh(device_type, grid, mesh_dim_names=tuple(axis for axis, _ in named))
+        grid = torch.tensor(placement.ranks).reshape(placement.layout.sizes())
+        joined = grid.transpose(AXES.index("dp"), AXES.index("replicas")).flatten(2, 3)
+        named = [(axis, size) for axis, size in zip(_MESH_AXES, joined.shape, strict=True) if size > 1 or axis == "dp"]
+        shape, names = [size for _, size in named], tuple(axis for axis, _ in named)
+        meshes[name] = DeviceMesh(device_type, joined.reshape(shape), mesh_dim_names=names)
     return meshes
 
 
 def axis_mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh | None:
     """The 1D mesh along `axis` through this rank, or None where the axis has size 1; this rank must be inside `mesh`."""
     return mesh[axis] if axis in (mesh.mesh_dim_names or ()) else None
+
+
+@dataclass(frozen=True)
+class SequenceGroups:
+    """This rank's process groups among the `cp` ranks of its lane; None where it would be alone."""
+
+    ring: dist.ProcessGroup | None = None
+    """Of the ranks that pass keys and values round."""
+    ulysses: dist.ProcessGroup | None = None
+    """Of the ranks that deal out heads: `cp` neighbours."""
+
+
+def build_sequence_groups(placement: Placement, dealt: int) -> SequenceGroups:
+    """Groups for a module's context parallelism, `dealt` ranks of `cp` dealing out heads; every rank of the world must call."""
+    grid = torch.tensor(placement.ranks).reshape(placement.layout.sizes())
+    by_lane = grid.movedim(AXES.index("cp"), -1).reshape(-1, placement.layout.cp // dealt, dealt)
+    return SequenceGroups(_group(by_lane.transpose(1, 2).flatten(0, 1)), _group(by_lane.flatten(0, 1)))
+
+
+def _group(rows: torch.Tensor) -> dist.ProcessGroup | None:
+    """This rank's group where each of `rows` makes one."""
+    if rows.shape[1] == 1:
+        return None
+    group, _ = dist.new_subgroups_by_enumeration(rows.tolist())
+    return group

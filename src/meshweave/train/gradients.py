@@ -56,6 +56,8 @@ def counts_here(parameter: nn.Parameter, placement: Placement, rank: int) -> boo
     if isinstance(parameter, DTensor):
         names = parameter.device_mesh.mesh_dim_names or ()
         sharded = {name for name, kind in zip(names, parameter.placements, strict=True) if not kind.is_replicate()}
+    if "dp" in sharded:
+        sharded.add("cp")  # the mesh's `dp` is both
     return all(index == 0 for axis, index in coordinate.items() if axis not in sharded and axis != "pp")
 
 

@@ -22,6 +22,7 @@ from meshweave.schedule.schedule import Schedule
 from meshweave.train.split_backward import SplitBackward
 from meshweave.train.token_mail import TokenMail, sends_of
 from meshweave.train.world import World
+from meshweave.parallel.naive_tmp import Naive
 
 _Key = tuple[str, int, int]
 """Module, virtual stage, and pass or microbatch."""
@@ -125,7 +126,7 @@ class StepWorker:
         if module == LANGUAGE:
             batch = self.step.language[number]
             assert batch is not None
-            return ((*batch.input_ids.shape, self.travel.hidden),)
+            return ((batch.grid.rows, self.model.part.own_length(batch.grid), self.travel.hidden),)
         media = self.step.media[module][number]
         if media is None:
             return ()
@@ -156,6 +157,8 @@ class StepWorker:
         labels = batch.labels.to(self.world.device)
         arguments = {
             "input_ids": batch.input_ids.to(self.world.device),
+            "grid": batch.grid,
+            "sequence": Naive(batch.grid, self.model.part) if self.model.part.rule.packed else None,
             "media": parts,
             "grids": grids,
             "hidden": inputs[0] if inputs else None,
@@ -177,7 +180,11 @@ class StepWorker:
             loss, exact = result
             outputs = (loss,)
             if self.world.leads_lane:
-                self.sums += _sums(loss, labels, exact, len(plan.lanes[lane]))
+                self.sums += _sums(labels, exact, len(plan.lanes[lane]))
+            coordinate = self.world.placements[LANGUAGE].coordinate(self.world.rank)
+            assert coordinate is not None
+            if not (module.loss_is_shared and coordinate["tp"]):
+                self.sums[0] += loss.detach()
         if torch.is_grad_enabled():
             self._done[LANGUAGE, stage, number] = _Done(inputs, outputs, media, split)
 
@@ -267,11 +274,10 @@ class StepWorker:
         return value.to(self.world.device)
 
 
-def _sums(loss: Tensor, labels: Tensor, exact: Tensor | None, samples: int) -> Tensor:
-    sums = torch.zeros(4, dtype=torch.float64, device=loss.device)
-    sums[0] = loss.detach()
+def _sums(labels: Tensor, exact: Tensor | None, samples: int) -> Tensor:
+    sums = torch.zeros(4, dtype=torch.float64, device=labels.device)
     sums[1] = (labels[:, 1:] != -100).sum()
-    sums[2] = exact[:samples].sum() if exact is not None else 0
+    sums[2] = exact.sum() if exact is not None else 0
     sums[3] = samples
     return sums
 
