@@ -122,7 +122,7 @@ class LanguageStage(nn.Module):
         if self._wants_types:
             base = self._base[0]
             types = (ids == self._media_token).int()
-            found = base.compute_3d_position_ids(ids, None, image_grid_thw=grids, mm_token_type_ids=types)
+            found = base.compute_3d_position_ids(input_ids=ids, inputs_embeds=None, image_grid_thw=grids, mm_token_type_ids=types)
         if found is None:
             found = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
         if found.shape[-2:] == input_ids.shape:
