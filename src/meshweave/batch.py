@@ -4,6 +4,7 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 from meshweave.errors import LayoutError
 
@@ -19,10 +20,12 @@ class MediaMeta:
     cost: float
     """Relative encoding cost (model FLOPs, patches, …): only ratios matter."""
     grid: tuple[int, ...] | None = None
-    """(t, h, w) in patches, where the family's position ids need it."""
+    """(t, h, w) in patches, or (frames,) of a sound, where the family's position ids need it."""
     runs: tuple[tuple[int, int], ...] = ()
-    """(position in the sample's fused sequence, tokens) of each unbroken run of its media tokens, ascending: who embeds a slice of
-    the sequence needs to know where it falls."""
+    """(position in the sample's fused sequence, tokens) of each unbroken run of its media tokens, ascending: who embeds a
+    slice of the sequence needs to know where it falls."""
+    kind: Literal["image", "video", "audio"] = "image"
+    """An encoder may take several: a video is a grid of more than one frame, under another placeholder."""
 
 
 @dataclass(frozen=True)

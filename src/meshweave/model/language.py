@@ -1,17 +1,17 @@
 """How does one stage of the language model run, and what is its loss?"""
 
-import inspect
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from meshweave.batch import MediaMeta
 from meshweave.config import LANGUAGE
 from meshweave.model.cut import Cut, Wire, stage_model
-from meshweave.model.modules import ENCODERS, ModelGraph
+from meshweave.model.inputs import merge_inputs, merge_sounds, position_ids
+from meshweave.model.modules import AUDIO, ModelGraph
 
 
 class LanguageStage(nn.Module):
@@ -33,16 +33,15 @@ class LanguageStage(nn.Module):
         self._base: tuple[Any, ...] = (model.base_model,)
         self._head: tuple[Any, ...] = (model.get_output_embeddings(),)
         self._backward = False
+        self._sounds: tuple[Tensor, Tensor] | None = None
         if self.first:
-            model.get_input_embeddings().register_forward_hook(self._ask_for_gradients)
-        self._media_token: int = model.config.image_token_id
-        self._wants_types = "mm_token_type_ids" in inspect.signature(type(model.base_model).forward).parameters
+            model.get_input_embeddings().register_forward_hook(self._embedded)
 
     def forward(
         self,
         input_ids: Tensor,
         media: Mapping[str, Sequence[Tensor]] | None = None,
-        grids: Tensor | None = None,
+        items: Sequence[MediaMeta] = (),
         hidden: Tensor | None = None,
         labels: Tensor | None = None,
         backward: bool = False,
@@ -53,8 +52,7 @@ class LanguageStage(nn.Module):
             input_ids: `[batch, length]`, padded on the right, media placeholders expanded; on every stage, for position ids.
             media: first stage only; encoder to, per tensor of a media token, `[tokens, hidden]`, in the order of the
                 placeholders; without an encoder that has none.
-            grids: `[items, 3]` patches of each item in time, height and width, for models whose position ids need it; on every
-                stage.
+            items: the media of these samples, in the order of the placeholders, for position ids; on every stage.
             hidden: `[batch, length, hidden]` from the stage before; None on the first.
             labels: last stage only; `[batch, length]`, not shifted, -100 where nothing is predicted.
             backward: first stage only; whether gradients flow back to the embeddings, also where these are frozen and no media
@@ -64,34 +62,28 @@ class LanguageStage(nn.Module):
             The hidden state `[batch, length, hidden]`; of the last stage the sum of the token losses (a scalar) and, without
             gradients, per sample, whether every target was the most likely token: `[batch]` bool.
         """
-        extra: dict[str, object] = {}
-        if media:
-            extra["mm_encoder_outputs"] = {ENCODERS[name].output: _encoded(*tensors) for name, tensors in media.items()}
-        if grids is not None and self._wants_types:
-            extra["image_grid_thw"] = grids
-        if self._wants_types:
-            extra["mm_token_type_ids"] = (input_ids == self._media_token).int()
+        base, media = self._base[0], media or {}
+        extra = merge_inputs(base, input_ids, media)
+        if (positions := position_ids(base, input_ids, items)) is not None:
+            extra["position_ids"] = positions
+        self._sounds = (input_ids, media[AUDIO][0]) if AUDIO in media else None
         self._wire.received = () if hidden is None else (hidden,)
         self._backward = backward and torch.is_grad_enabled()
         try:
             # No attention mask: padding is on the right, and a causal decoder never looks there.
-            output = self._base[0](input_ids=input_ids, use_cache=False, **extra).last_hidden_state
+            output = base(input_ids=input_ids, use_cache=False, **extra).last_hidden_state
         except Cut as cut:
             return cut.hidden
         finally:
-            self._wire.received = ()
+            self._wire.received, self._sounds = (), None
         assert labels is not None
         logits = self._head[0](output)
         return token_loss(logits, labels), None if torch.is_grad_enabled() else exact_samples(logits, labels)
 
-    def _ask_for_gradients(self, module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> None:
+    def _embedded(self, module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> Tensor:
         if self._backward:
             embeddings.requires_grad_()
-
-
-def _encoded(embeddings: Tensor, *deepstack: Tensor) -> SimpleNamespace:
-    """Encoder outputs, as the model's own getter would return them."""
-    return SimpleNamespace(pooler_output=[embeddings], deepstack_features=[[feature] for feature in deepstack])
+        return embeddings if self._sounds is None else merge_sounds(self._base[0], self._sounds[0], embeddings, self._sounds[1])
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -143,21 +143,18 @@ class StepWorker:
         assert batch is not None and lane is not None
         work = self.schedule.work
         inputs = self._inputs(LANGUAGE, stage, number)
-        media, grids = {}, None
+        media = {}
         for encoder in work.encoders:
             if stage == 0:
                 media[encoder] = self._tokens.taken(encoder, number, False)
                 media[encoder].requires_grad_(torch.is_grad_enabled() and work.modules[encoder].backward)
-            found = [plan.items[encoder][item].meta.grid for item in plan.language_items(encoder)[lane]]
-            if found and all(found):
-                grids = torch.tensor(found, device=self.world.device)
         split = SplitBackward() if work.modules[LANGUAGE].split else None
         parts = {name: tokens.split(self.travel.widths[name], dim=1) for name, tokens in media.items() if len(tokens)}
         labels = batch.labels.to(self.world.device)
         arguments = {
             "input_ids": batch.input_ids.to(self.world.device),
             "media": parts,
-            "grids": grids,
+            "items": [item for sample in plan.lanes[lane] for item in sample.media],
             "hidden": inputs[0] if inputs else None,
             "labels": labels,
             # Lanes that gather parameters together must also go backward together, those without media, too.
