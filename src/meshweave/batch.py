@@ -25,7 +25,9 @@ class MediaMeta:
     """(position in the sample's fused sequence, tokens) of each unbroken run of its media tokens, ascending: who embeds a
     slice of the sequence needs to know where it falls."""
     kind: Literal["image", "video", "audio"] = "image"
-    """An encoder may take several: a video is a grid of more than one frame, under another placeholder."""
+    """An encoder may take several: a video is a grid of several frames, under another placeholder."""
+    size: tuple[int, int] | None = None
+    """(height, width) in pixels, where the encoder arranges its tokens by it."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from meshweave.batch import EVEN, EncoderPasses, MediaMeta, MicrobatchPlan, SampleMeta, StepPlan, plan_step
 from meshweave.boundary.transfer import TransferPlan
 from meshweave.data.dataset import IGNORE, Dataset
+from meshweave.data.join import join_media
 from meshweave.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -273,7 +274,7 @@ class Loader:
         inputs: dict[str, Tensor] = {}
         if reads:
             read = [found for item in items if (found := reader.media(item.sample, item.slot)) is not None]
-            inputs = {key: torch.cat([found[key] for found in read]) for key in (read[0] if read else ())}
+            inputs = join_media(read)
         return MediaBatch(
             inputs, tuple(item.meta for item in items), tuple(sum(item.meta.tokens for item in part) for part in mine)
         )

@@ -93,13 +93,15 @@ def _types(base: Any, input_ids: Tensor) -> Tensor:
 
 def _by_kind(base: Any, input_ids: Tensor, encoder: str, tensors: Sequence[Tensor]) -> dict[str, tuple[Tensor, ...]]:
     """Kind to an encoder's tokens of that kind, without kinds that have none."""
-    tokens = {kind: getattr(base.config, KINDS[kind].token, None) for kind in kinds_of(encoder)}
-    tokens = {kind: token for kind, token in tokens.items() if token is not None}
+    tokens: dict[str, int] = {}
+    for kind in kinds_of(encoder):
+        if (token := getattr(base.config, KINDS[kind].token, None)) is not None:
+            tokens[kind] = token
     if len(tokens) == 1:
         return {kind: tuple(tensors) for kind in tokens}
     ids = input_ids.flatten()
     ids = ids[torch.isin(ids, torch.tensor(list(tokens.values()), device=ids.device))]
-    found = {kind: torch.nonzero(torch.eq(ids, token)).flatten() for kind, token in tokens.items()}
+    found = {kind: torch.nonzero(ids == token).flatten() for kind, token in tokens.items()}
     return {kind: tuple(tensor[places] for tensor in tensors) for kind, places in found.items() if len(places)}
 
 

@@ -34,8 +34,10 @@ class EncoderKind:
 
 
 ENCODERS = {
-    VISION: EncoderKind("get_image_features", "vision_config", ("pixel_values", "image_grid_thw")),
-    AUDIO: EncoderKind("get_audio_features", "audio_config", ("input_features",)),
+    VISION: EncoderKind(
+        "get_image_features", "vision_config", ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids")
+    ),
+    AUDIO: EncoderKind("get_audio_features", "audio_config", ("input_features", "feature_attention_mask")),
 }
 """Module name to how transformers' models run it; a model has some of these."""
 
