@@ -119,7 +119,7 @@ def plain_step(run: RunConfig, dataset: Dataset, loader: Loader) -> Callable[[in
 
 def compare_with_plain(world: World, run: RunConfig, config: PreTrainedConfig, blocks: int) -> tuple[list[float], list[float]]:
     """Seconds of every counted step: meshweave's, and the plain loop's."""
-    dataset = SyntheticDataset(config, run.train.batch_size * run.train.steps, most_images=3)
+    dataset = SyntheticDataset(config, run.train.batch_size * run.train.steps, most_items=3)
     loader, ours = meshweave_step(world, run, config, dataset)
     plain = plain_step(run, dataset, loader)
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -135,7 +135,7 @@ def compare_with_plain(world: World, run: RunConfig, config: PreTrainedConfig, b
 
 def time_layout(world: World, run: RunConfig, config: PreTrainedConfig, blocks: int) -> tuple[list[float], list[int]]:
     """Seconds and tokens of every counted step of one layout."""
-    dataset = SyntheticDataset(config, run.train.batch_size * run.train.steps, most_images=3)
+    dataset = SyntheticDataset(config, run.train.batch_size * run.train.steps, most_items=3)
     _, step = meshweave_step(world, run, config, dataset)
     seconds, tokens = [], []
     for number in range((blocks + 1) * BLOCK):

@@ -130,11 +130,11 @@ def run_cut(
     hidden = None
     media = {VISION: received} if received else None
     for piece in languages[:-1]:
-        out = piece(batch.ids, batch.grid, media if piece.first else None, batch.grids, hidden)
+        out = piece(batch.ids, batch.grid, media if piece.first else None, batch.items, hidden)
         (hidden,) = crossing([out])
         ends.append(([out], [hidden]))
     last = languages[-1]
-    loss, exact = last(batch.ids, batch.grid, media if last.first else None, batch.grids, hidden, batch.labels)
+    loss, exact = last(batch.ids, batch.grid, media if last.first else None, batch.items, hidden, batch.labels)
     assert exact is None
     loss.backward()
     for out, after in reversed(ends):

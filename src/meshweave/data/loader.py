@@ -14,6 +14,7 @@ from torch import Tensor
 from meshweave.batch import EVEN, EncoderPasses, MediaMeta, MicrobatchPlan, SampleMeta, StepPlan, plan_step
 from meshweave.boundary.transfer import TransferPlan
 from meshweave.data.dataset import IGNORE, Dataset
+from meshweave.data.join import join_media
 from meshweave.errors import DataError
 from meshweave.sequence.grid import UNCUT, LaneGrid, SequenceRule, lay_out
 
@@ -275,7 +276,7 @@ class Loader:
         inputs: dict[str, Tensor] = {}
         if reads:
             read = [found for item in items if (found := reader.media(item.sample, item.slot)) is not None]
-            inputs = {key: torch.cat([found[key] for found in read]) for key in (read[0] if read else ())}
+            inputs = join_media(read)
         return MediaBatch(
             inputs, tuple(item.meta for item in items), tuple(sum(item.meta.tokens for item in part) for part in mine)
         )

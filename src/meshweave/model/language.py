@@ -1,8 +1,6 @@
 """How does one stage of the language model run on what this rank holds of a lane's sequences?"""
 
-import inspect
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,10 +8,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from meshweave.batch import MediaMeta
 from meshweave.config import LANGUAGE
 from meshweave.model.cut import Cut, Wire, stage_model
+from meshweave.model.inputs import merge_inputs, merge_sounds, position_ids
 from meshweave.model.loss import Words, mistakes, next_tokens, token_loss
-from meshweave.model.modules import ENCODERS, ModelGraph
+from meshweave.model.modules import AUDIO, ModelGraph
 from meshweave.model.slicing import WHOLE_LANE, LanePart
 from meshweave.sequence.grid import LaneGrid
 
@@ -38,10 +38,9 @@ class LanguageStage(nn.Module):
         self._base: tuple[Any, ...] = (model.base_model,)
         self._head: tuple[Any, ...] = (model.get_output_embeddings(),)
         self._backward = False
+        self._sounds: tuple[Tensor, Tensor] | None = None
         if self.first:
-            model.get_input_embeddings().register_forward_hook(self._ask_for_gradients)
-        self._media_token: int = model.config.image_token_id
-        self._wants_types = "mm_token_type_ids" in inspect.signature(type(model.base_model).forward).parameters
+            model.get_input_embeddings().register_forward_hook(self._embedded)
         tp, sliced = part.tp_group, part.rule.tp > 1
         tied = self._head[0].weight is model.get_input_embeddings().weight
         self._words: Words | None = None
@@ -57,7 +56,7 @@ class LanguageStage(nn.Module):
         input_ids: Tensor,
         grid: LaneGrid,
         media: Mapping[str, Sequence[Tensor]] | None = None,
-        grids: Tensor | None = None,
+        items: Sequence[MediaMeta] = (),
         hidden: Tensor | None = None,
         labels: Tensor | None = None,
         sequence: Any = None,
@@ -70,8 +69,7 @@ class LanguageStage(nn.Module):
             grid: where its samples lie.
             media: first stage only; encoder to, per tensor of a media token, `[tokens, hidden]`, in the order of the
                 placeholders that this rank embeds; without an encoder that has none there.
-            grids: `[items, 3]` patches of each of the lane's items in time, height and width, for models whose position ids need
-                it; on every stage.
+            items: the lane's media, in the order of the placeholders, for position ids; on every stage.
             hidden: `[rows, own columns, hidden]` from the stage before; None on the first.
             labels: last stage only; `[rows, length]` of the whole lane, not shifted, -100 where nothing is predicted.
             sequence: for attention over packed or cut sequences; None where rows hold one sample each.
@@ -83,25 +81,24 @@ class LanguageStage(nn.Module):
             rank looks at (a scalar) and, without gradients, `[samples]` bool: whether every target of a sample was the most
             likely token.
         """
-        extra: dict[str, object] = {}
+        base, media = self._base[0], media or {}
         held, own = self.part.held(grid), self.part.own(grid)
+        ids = input_ids[:, own]
+        extra = merge_inputs(base, ids, media)
+        if (positions := self._positions(input_ids, grid, items)) is not None:
+            extra["position_ids"] = positions[..., held]
         if sequence is not None:
             extra["sequence"] = sequence
-        ids = input_ids[:, own]
-        positions = self._positions(input_ids, grid, grids)
-        if media:
-            extra["mm_encoder_outputs"] = {ENCODERS[name].output: _encoded(*tensors) for name, tensors in media.items()}
-        if self._wants_types:
-            extra["mm_token_type_ids"] = (ids == self._media_token).int()
+        self._sounds = (ids, media[AUDIO][0]) if AUDIO in media else None
         self._wire.received = () if hidden is None else (hidden,)
         self._backward = backward and torch.is_grad_enabled()
         try:
             # No attention mask: padding is on the right, and a causal decoder never looks there.
-            output = self._base[0](input_ids=ids, position_ids=positions[..., held], use_cache=False, **extra).last_hidden_state
+            output = base(input_ids=ids, use_cache=False, **extra).last_hidden_state
         except Cut as cut:
             return cut.hidden
         finally:
-            self._wire.received = ()
+            self._wire.received, self._sounds = (), None
         assert labels is not None
         logits = self._head[0](output)
         columns = own if self._own_loss else held
@@ -114,32 +111,24 @@ class LanguageStage(nn.Module):
             dist.all_reduce(wrong, group=group)
         return loss, wrong == 0
 
-    def _positions(self, input_ids: Tensor, grid: LaneGrid, grids: Tensor | None) -> Tensor:
-        """`[..., rows, length]`: every sample is counted from its start, whole."""
+    def _positions(self, input_ids: Tensor, grid: LaneGrid, items: Sequence[MediaMeta]) -> Tensor | None:
+        """`[..., rows, length]`: every sample is counted from its start, whole; None where the model does so by itself."""
         samples = [input_ids[row, start:stop] for row, start, stop in grid.places] or [input_ids[0]]
         ids = pad_sequence(samples, batch_first=True)
-        found = None
-        if self._wants_types:
-            base = self._base[0]
-            types = (ids == self._media_token).int()
-            found = base.compute_3d_position_ids(input_ids=ids, inputs_embeds=None, image_grid_thw=grids, mm_token_type_ids=types)
+        found = position_ids(self._base[0], ids, items)
+        if not self.part.rule.packed:
+            return found
         if found is None:
             found = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
-        if found.shape[-2:] == input_ids.shape:
-            return found
         positions = found.new_zeros(*found.shape[:-2], *input_ids.shape)
         for number, (row, start, stop) in enumerate(grid.places):
             positions[..., row, start:stop] = found[..., number, : stop - start]
         return positions
 
-    def _ask_for_gradients(self, module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> None:
+    def _embedded(self, module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> Tensor:
         if self._backward:
             embeddings.requires_grad_()
-
-
-def _encoded(embeddings: Tensor, *deepstack: Tensor) -> SimpleNamespace:
-    """Encoder outputs, as the model's own getter would return them."""
-    return SimpleNamespace(pooler_output=[embeddings], deepstack_features=[[feature] for feature in deepstack])
+        return embeddings if self._sounds is None else merge_sounds(self._base[0], self._sounds[0], embeddings, self._sounds[1])
 
 
 def _by_sample(wrong: Tensor, columns: Tensor, grid: LaneGrid) -> Tensor:

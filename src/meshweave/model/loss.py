@@ -25,8 +25,8 @@ class Words:
 def next_tokens(labels: Tensor) -> Tensor:
     """[rows, length] the label of the token after each; -100 where nothing is predicted.
 
-    Labels are shifted, not the logits, which would copy the largest tensor of the step; and before anything is cut, so that no slice
-    needs its neighbour's.
+    Labels are shifted, not the logits, which would copy the largest tensor of the step; and before anything is cut, so that no
+    slice needs its neighbour's.
     """
     return functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
 

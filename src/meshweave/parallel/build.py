@@ -70,8 +70,6 @@ def build_model(
     stored = STORED[run.dtype]
     graph = graph_of(blueprint_of(model_config, stored))
     if sequence_rule(run, model_config).packed:
-        import meshweave.parallel.naive_tmp
-
         graph.model.base_model.language_model.set_attn_implementation("meshweave")
     blueprint = blueprint_of(model_config, stored)
     cuts = stage_cuts(run, graph)

@@ -1,8 +1,7 @@
 import torch
-import torch.distributed as dist
 from torch.distributed._functional_collectives import all_gather_tensor_autograd
-from transformers import AttentionInterface
 from torch.nn import functional
+from transformers import AttentionInterface
 
 
 class Naive:

@@ -15,6 +15,7 @@ from meshweave.errors import DataError
 from meshweave.model.encoder import received_shapes
 from meshweave.parallel.build import LocalModel
 from meshweave.parallel.data import synchronize_gradients
+from meshweave.parallel.naive_tmp import Naive
 from meshweave.parallel.step_gather import accumulate, gather, reduce
 from meshweave.schedule.actions import Action, Kind
 from meshweave.schedule.runtime import Message
@@ -22,7 +23,6 @@ from meshweave.schedule.schedule import Schedule
 from meshweave.train.split_backward import SplitBackward
 from meshweave.train.token_mail import TokenMail, sends_of
 from meshweave.train.world import World
-from meshweave.parallel.naive_tmp import Naive
 
 _Key = tuple[str, int, int]
 """Module, virtual stage, and pass or microbatch."""
@@ -144,14 +144,11 @@ class StepWorker:
         assert batch is not None and lane is not None
         work = self.schedule.work
         inputs = self._inputs(LANGUAGE, stage, number)
-        media, grids = {}, None
+        media = {}
         for encoder in work.encoders:
             if stage == 0:
                 media[encoder] = self._tokens.taken(encoder, number, False)
                 media[encoder].requires_grad_(torch.is_grad_enabled() and work.modules[encoder].backward)
-            found = [plan.items[encoder][item].meta.grid for item in plan.language_items(encoder)[lane]]
-            if found and all(found):
-                grids = torch.tensor(found, device=self.world.device)
         split = SplitBackward() if work.modules[LANGUAGE].split else None
         parts = {name: tokens.split(self.travel.widths[name], dim=1) for name, tokens in media.items() if len(tokens)}
         labels = batch.labels.to(self.world.device)
@@ -160,7 +157,7 @@ class StepWorker:
             "grid": batch.grid,
             "sequence": Naive(batch.grid, self.model.part) if self.model.part.rule.packed else None,
             "media": parts,
-            "grids": grids,
+            "items": [item for sample in plan.lanes[lane] for item in sample.media],
             "hidden": inputs[0] if inputs else None,
             "labels": labels,
             # Lanes that gather parameters together must also go backward together, those without media, too.
