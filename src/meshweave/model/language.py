@@ -12,6 +12,7 @@ from torch.nn import functional
 from meshweave.config import LANGUAGE
 from meshweave.model.cut import Cut, Wire, stage_model
 from meshweave.model.modules import ENCODERS, ModelGraph
+from meshweave.model.routing import RoutingRecord
 
 
 class LanguageStage(nn.Module):
@@ -32,7 +33,8 @@ class LanguageStage(nn.Module):
         # In tuples, so that they are not registered as children: FSDP shall see this module's parameters only.
         self._base: tuple[Any, ...] = (model.base_model,)
         self._head: tuple[Any, ...] = (model.get_output_embeddings(),)
-        self._backward = False
+        self.routed = RoutingRecord(graph, blocks)
+        self._anchor: Tensor | None = None
         if self.first:
             model.get_input_embeddings().register_forward_hook(self._ask_for_gradients)
         self._media_token: int = model.config.image_token_id
@@ -45,7 +47,7 @@ class LanguageStage(nn.Module):
         grids: Tensor | None = None,
         hidden: Tensor | None = None,
         labels: Tensor | None = None,
-        backward: bool = False,
+        anchor: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Runs one lane's microbatch.
 
@@ -57,8 +59,8 @@ class LanguageStage(nn.Module):
                 stage.
             hidden: `[batch, length, hidden]` from the stage before; None on the first.
             labels: last stage only; `[batch, length]`, not shifted, -100 where nothing is predicted.
-            backward: first stage only; whether gradients flow back to the embeddings, also where these are frozen and no media
-                ask for them.
+            anchor: first stage only; an empty tensor that wants a gradient, if gradients shall flow back to the embeddings also
+                where these are frozen and no media ask for them.
 
         Returns:
             The hidden state `[batch, length, hidden]`; of the last stage the sum of the token losses (a scalar) and, without
@@ -72,7 +74,8 @@ class LanguageStage(nn.Module):
         if self._wants_types:
             extra["mm_token_type_ids"] = (input_ids == self._media_token).int()
         self._wire.received = () if hidden is None else (hidden,)
-        self._backward = backward and torch.is_grad_enabled()
+        self._anchor = anchor
+        self.routed.take()  # of a forward whose caller did not ask
         try:
             # No attention mask: padding is on the right, and a causal decoder never looks there.
             output = self._base[0](input_ids=input_ids, use_cache=False, **extra).last_hidden_state
@@ -84,9 +87,10 @@ class LanguageStage(nn.Module):
         logits = self._head[0](output)
         return token_loss(logits, labels), None if torch.is_grad_enabled() else exact_samples(logits, labels)
 
-    def _ask_for_gradients(self, module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> None:
-        if self._backward:
-            embeddings.requires_grad_()
+    def _ask_for_gradients(self, module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> Tensor | None:
+        if self._anchor is None or embeddings.requires_grad:
+            return None
+        return embeddings + self._anchor.sum()
 
 
 def _encoded(embeddings: Tensor, *deepstack: Tensor) -> SimpleNamespace:

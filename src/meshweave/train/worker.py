@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from meshweave.config import LANGUAGE
-from meshweave.data.loader import LocalStep
+from meshweave.data.dataset import IGNORE
+from meshweave.data.loader import LanguageBatch, LocalStep
 from meshweave.errors import DataError
 from meshweave.model.encoder import received_shapes
+from meshweave.model.language import LanguageStage
+from meshweave.model.routing import balance
 from meshweave.parallel.build import LocalModel
 from meshweave.parallel.data import synchronize_gradients
+from meshweave.parallel.mesh import token_groups
 from meshweave.parallel.step_gather import accumulate, gather, reduce
 from meshweave.schedule.actions import Action, Kind
 from meshweave.schedule.runtime import Message
@@ -57,8 +61,13 @@ class StepWorker:
 
     def __init__(self, model: LocalModel, step: LocalStep, world: World, schedule: Schedule, travel: Travel) -> None:
         self.model, self.step, self.world, self.schedule, self.travel = model, step, world, schedule, travel
-        self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)
-        """Loss, target tokens, exact samples, samples; on the rank that reports for its lane."""
+        self.sums = torch.zeros(5, dtype=torch.float64, device=world.device)
+        """Loss, target tokens, exact samples, samples; on the rank that reports for its lane. Then this rank's part of the
+        load-balancing loss, by target tokens."""
+        routing = model.routing
+        size = (routing.layers, routing.experts) if routing else (0, 0)
+        self.load = torch.zeros(size, dtype=torch.float64, device=world.device)
+        """[layers with a router, experts] (token, slot) pairs of this rank."""
         program = schedule.work.program_of(world.rank)
         actions = () if program is None else schedule.actions[program]
         self._nothing = {
@@ -160,10 +169,11 @@ class StepWorker:
             "grids": grids,
             "hidden": inputs[0] if inputs else None,
             "labels": labels,
-            # Lanes that gather parameters together must also go backward together, those without media, too.
-            "backward": self.schedule.streams(LANGUAGE)
-            and any(work.modules[encoder].backward and plan.items[encoder] for encoder in work.encoders),
         }
+        if stage == 0 and (self.schedule.streams(LANGUAGE) or work.modules[LANGUAGE].together):
+            # Lanes that gather parameters or use experts together must also go backward together, those without media, too.
+            wanted = [tokens[:0] for name, tokens in media.items() if tokens.requires_grad and plan.items[name]]
+            arguments["anchor"] = wanted[0] if wanted else None
         module = self.model.modules[LANGUAGE].stages[stage]
         if split is not None:
             with split.recording():
@@ -171,15 +181,34 @@ class StepWorker:
         else:
             result = module(**arguments)
         if stage < work.last(LANGUAGE):
-            outputs = (result,)
+            outputs: tuple[Tensor, ...] = (result,)
             self._send_on(Kind.SEND_FORWARD, LANGUAGE, stage, number, outputs)
         else:
             loss, exact = result
             outputs = (loss,)
             if self.world.leads_lane:
                 self.sums += _sums(loss, labels, exact, len(plan.lanes[lane]))
+        outputs += self._balance(module, batch, len(plan.lanes[lane]))
         if torch.is_grad_enabled():
             self._done[LANGUAGE, stage, number] = _Done(inputs, outputs, media, split)
+
+    def _balance(self, stage: LanguageStage, batch: LanguageBatch, samples: int) -> tuple[Tensor, ...]:
+        """The load-balancing loss of a forward over so many samples, as one further output; none without a backward, or in a
+        stage without routers."""
+        logits, routing = stage.routed.take(), self.model.routing
+        if routing is None or not logits or not torch.is_grad_enabled():
+            return ()
+        placement, mesh = self.world.placements[LANGUAGE], self.world.meshes[LANGUAGE]
+        coordinate = placement.coordinate(self.world.rank)
+        assert coordinate is not None
+        speaks = all(index == 0 for axis, index in coordinate.items() if axis not in ("pp", "dp"))
+        targets = int((batch.labels[:, 1:] != IGNORE).sum()) if speaks else 0
+        real = torch.arange(batch.input_ids.shape[1]) < torch.tensor(batch.lengths).unsqueeze(1)
+        real[samples:] = False  # a lane without samples holds padding
+        its = balance(logits, real.flatten().to(self.world.device), targets, routing, token_groups(mesh, routing.scope))
+        self.load[stage.routed.layers] += its.load
+        self.sums[4] += its.loss.detach()
+        return (routing.coefficient * its.loss,) if routing.coefficient else ()
 
     def _encoder_forward(self, encoder: str, stage: int, number: int) -> None:
         media = self.step.media[encoder][number]
@@ -219,6 +248,8 @@ class StepWorker:
         gradients = self._gradients(module, stage, number, done)
         media = [tokens for tokens in done.media.values() if tokens.requires_grad]
         wanted = [*done.inputs, *media]
+        # A loss goes without.
+        gradients += (None,) * (len(done.outputs) - len(gradients))
         pairs = [(output, gradient) for output, gradient in zip(done.outputs, gradients, strict=True) if output.requires_grad]
         outputs, given = [output for output, _ in pairs], [gradient for _, gradient in pairs]
         found: list[Tensor | None] = [None] * len(wanted)
@@ -268,7 +299,7 @@ class StepWorker:
 
 
 def _sums(loss: Tensor, labels: Tensor, exact: Tensor | None, samples: int) -> Tensor:
-    sums = torch.zeros(4, dtype=torch.float64, device=loss.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=loss.device)
     sums[0] = loss.detach()
     sums[1] = (labels[:, 1:] != -100).sum()
     sums[2] = exact[:samples].sum() if exact is not None else 0
