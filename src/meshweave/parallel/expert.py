@@ -79,7 +79,7 @@ class _Sliced:
     def __call__(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         size, group = self.mesh.size(), self.mesh.get_group()
         counts = torch.empty(size, dtype=torch.long, device=hidden.device)
-        dist.all_gather_into_tensor(counts, torch.tensor([len(hidden)], device=hidden.device), group=group)
+        dist.all_to_all_single(counts, torch.full_like(counts, len(hidden)), group=group)
         rows = counts.tolist()
         mine = [len(hidden)] * size
         every = chosen.new_empty(sum(rows), chosen.shape[1])
