@@ -196,6 +196,11 @@ class TrainConfig(_Strict):
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     """Applied to matrices, not to biases and norms."""
+    router_aux_loss: NonNegativeFloat | None = None
+    """Models with experts: coefficient of the loss that keeps their load even, 1 where it is (`model/routing.py` defines it). Left
+    out, the model's own `router_aux_loss_coef` if its config sets `output_router_logits`, else 0."""
+    router_aux_scope: Literal["lane", "microbatch"] = "lane"
+    """Tokens over which the load shall be even: one lane's microbatch, or all lanes of a microbatch."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Bound of the one global gradient norm over all modules; null turns clipping off."""
     log_every: PositiveInt = 10

@@ -21,8 +21,10 @@ STORED = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.
 TRAVELS_AS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 """Run dtype to the dtype of media tokens on the boundary."""
 
-IMPLEMENTATIONS = {"attn_implementation": "sdpa"}
-"""Which of transformers' implementations run, here and in the oracle."""
+
+def implementations(dtype: torch.dtype) -> dict[str, str | None]:
+    """Which of transformers' implementations run in a dtype, here and in the oracle; its fastest experts know no float64."""
+    return {"attn_implementation": "sdpa", "experts_implementation": "eager" if dtype == torch.float64 else None}
 
 
 def read_model_config(folder: Path) -> PreTrainedConfig:
@@ -55,7 +57,8 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 def blueprint_of(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The whole model on the meta device: shapes and names, no memory. Raises ConfigError: as `auto_class`."""
-    config = copy.deepcopy(config)  # transformers keeps it in the model and writes to it
+    # A copy: transformers writes these choices into the config that a model is made from.
+    config = copy.deepcopy(config)
     with torch.device("meta"):
-        model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype, **IMPLEMENTATIONS)
+        model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype, **implementations(dtype))
     return model.train()

@@ -14,6 +14,7 @@ from meshweave.model.cut import Cut, Wire, stage_model
 from meshweave.model.inputs import merge_inputs, merge_sounds, position_ids
 from meshweave.model.loss import Words, mistakes, next_tokens, token_loss
 from meshweave.model.modules import AUDIO, ModelGraph
+from meshweave.model.routing import RoutingRecord
 from meshweave.model.slicing import WHOLE_LANE, LanePart
 from meshweave.sequence.grid import LaneGrid
 
@@ -37,7 +38,8 @@ class LanguageStage(nn.Module):
         # In tuples, so that they are not registered as children: FSDP shall see this module's parameters only.
         self._base: tuple[Any, ...] = (model.base_model,)
         self._head: tuple[Any, ...] = (model.get_output_embeddings(),)
-        self._backward = False
+        self.routed = RoutingRecord(graph, blocks)
+        self._anchor: Tensor | None = None
         self._sounds: tuple[Tensor, Tensor] | None = None
         if self.first:
             model.get_input_embeddings().register_forward_hook(self._embedded)
@@ -60,7 +62,7 @@ class LanguageStage(nn.Module):
         hidden: Tensor | None = None,
         labels: Tensor | None = None,
         sequence: Any = None,
-        backward: bool = False,
+        anchor: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Runs one lane's microbatch.
 
@@ -73,8 +75,8 @@ class LanguageStage(nn.Module):
             hidden: `[rows, own columns, hidden]` from the stage before; None on the first.
             labels: last stage only; `[rows, length]` of the whole lane, not shifted, -100 where nothing is predicted.
             sequence: for attention over packed or cut sequences; None where rows hold one sample each.
-            backward: first stage only; whether gradients flow back to the embeddings, also where these are frozen and no media
-                ask for them.
+            anchor: first stage only; an empty tensor that wants a gradient, if gradients shall flow back to the embeddings also
+                where these are frozen and no media ask for them.
 
         Returns:
             The hidden state `[rows, own columns, hidden]`; of the last stage the sum of the token losses of the columns that this
@@ -91,7 +93,8 @@ class LanguageStage(nn.Module):
             extra["sequence"] = sequence
         self._sounds = (ids, media[AUDIO][0]) if AUDIO in media else None
         self._wire.received = () if hidden is None else (hidden,)
-        self._backward = backward and torch.is_grad_enabled()
+        self._anchor = anchor
+        self.routed.take()  # of a forward whose caller did not ask
         try:
             # No attention mask: padding is on the right, and a causal decoder never looks there.
             output = base(input_ids=ids, use_cache=False, **extra).last_hidden_state
@@ -126,8 +129,8 @@ class LanguageStage(nn.Module):
         return positions
 
     def _embedded(self, module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> Tensor:
-        if self._backward:
-            embeddings.requires_grad_()
+        if self._anchor is not None and not embeddings.requires_grad:
+            embeddings = embeddings + self._anchor.sum()
         return embeddings if self._sounds is None else merge_sounds(self._base[0], self._sounds[0], embeddings, self._sounds[1])
 
 

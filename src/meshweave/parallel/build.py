@@ -9,17 +9,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig
 
 from meshweave.config import LANGUAGE, RunConfig
-from meshweave.layout import Placement
+from meshweave.layout import Layout, Placement
 from meshweave.model.blueprint import STORED, blueprint_of
 from meshweave.model.encoder import EncoderStage
+from meshweave.model.experts import expert_layers, lane_dim
 from meshweave.model.families import tensor_plans
 from meshweave.model.frozen import frozen_names
 from meshweave.model.language import LanguageStage
 from meshweave.model.modules import ModelGraph, first_names, graph_of
+from meshweave.model.routing import Routing, routing_of
 from meshweave.model.slicing import LanePart, sequence_rule
 from meshweave.model.stages import stage_cuts
 from meshweave.model.weights import fill_pretrained, fill_seeded, materialise
-from meshweave.parallel.data import data_parallel
+from meshweave.parallel.data import ExpertLayers, data_parallel
+from meshweave.parallel.expert import expert_parallel
 from meshweave.parallel.mesh import axis_mesh, build_sequence_groups
 from meshweave.parallel.tensor import replicated_names, sequence_parallel, tensor_parallel
 
@@ -51,6 +54,8 @@ class LocalModel:
     """Every module of the run, also those of other ranks, to the blocks of each of its (virtual) stages."""
     part: LanePart
     """What this rank holds of its language-model lane's sequences."""
+    routing: Routing | None = None
+    """How the language model routes tokens to experts, if it has any."""
 
 
 def build_model(
@@ -60,8 +65,9 @@ def build_model(
     meshes: Mapping[str, DeviceMesh],
     rank: int,
     device: torch.device,
+    expert_meshes: Mapping[str, DeviceMesh] | None = None,
 ) -> LocalModel:
-    """Builds, shards and fills this rank's part of the model.
+    """Builds, shards and fills this rank's part of the model. Modules that split their experts need a mesh in `expert_meshes`.
 
     Raises:
         CheckpointError: the folder's weights are missing or do not fit.
@@ -90,6 +96,10 @@ def build_model(
                     sequence_parallel(graph.model.get_submodule(child), tp, plan)
                     continue
                 partial += [f"{child}.{key}" for key in tensor_parallel(graph.model.get_submodule(child), tp, plan)]
+        layers = expert_layers(graph, name) if placement.layout.ep * placement.layout.etp > 1 else {}
+        dims = _expert_dims(layers, placement.layout, run.modules[name].data_parallel)
+        for layer in layers.values():
+            expert_parallel(layer, (expert_meshes or {})[name])
         named = graph.parameters(name)
         for key in frozen_names(run.modules[name], named):
             named[key].requires_grad_(False)
@@ -99,7 +109,13 @@ def build_model(
         for number, stage in stages.items():
             if dp.size() > 1 or compute is not None:
                 its = [blocks[index] for index in cut[number]]
-                data_parallel(stage, its, dp, run.modules[name].data_parallel, compute)
+                experts = None
+                if layers:
+                    inside = {id(part) for part in stage.modules()}
+                    edp = axis_mesh((expert_meshes or {})[name], "edp")
+                    assert edp is not None
+                    experts = ExpertLayers([layer for layer in layers.values() if id(layer) in inside], edp, dims)
+                data_parallel(stage, its, dp, run.modules[name].data_parallel, compute, experts)
             materialise(stage, device)
         parameters, buffers = _held(graph, name, stages, first_names(blueprint))
         if run.weights == "seeded":
@@ -117,7 +133,15 @@ def build_model(
             tied,
             tied if len(cut) - 1 in stages else frozenset(),
         )
-    return LocalModel(graph, modules, cuts, part)
+    return LocalModel(graph, modules, cuts, part, routing_of(run, graph))
+
+
+def _expert_dims(layers: Mapping[str, nn.Module], layout: Layout, kind: str) -> dict[str, int]:
+    """Weight of a module of experts to the dim that is cut over `edp`; all layers are alike."""
+    if not layers or kind == "replicate":
+        return {}
+    weights = next(iter(layers.values())).named_parameters()
+    return {key: lane_dim(key, tuple(value.shape), layout) for key, value in weights}
 
 
 def _lane_part(run: RunConfig, config: PreTrainedConfig, placement: Placement, mesh: DeviceMesh, rank: int) -> LanePart:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshweave.errors import LayoutError
-from meshweave.layout import AXES, Placement
+from meshweave.layout import AXES, EXPERT_AXES, Placement
 
 _MESH_AXES = ("pp", "replicas", "dp", "tp")
 
@@ -67,3 +67,17 @@ def _group(rows: torch.Tensor) -> dist.ProcessGroup | None:
         return None
     group, _ = dist.new_subgroups_by_enumeration(rows.tolist())
     return group
+
+
+def build_expert_meshes(placements: Mapping[str, Placement], device_type: str) -> dict[str, DeviceMesh]:
+    """One mesh of the expert view per module that splits its experts, over the same ranks; axes of size 1 other than `edp` are
+    left out. To be called as, and after, `build_meshes`."""
+    meshes = {}
+    for name, placement in placements.items():
+        if placement.layout.ep * placement.layout.etp == 1:
+            continue
+        sizes = zip(EXPERT_AXES, placement.layout.sizes(EXPERT_AXES), strict=True)
+        named = [(axis, size) for axis, size in sizes if size > 1 or axis == "edp"]
+        grid = torch.tensor(placement.ranks).reshape([size for _, size in named])
+        meshes[name] = DeviceMesh(device_type, grid, mesh_dim_names=tuple(axis for axis, _ in named))
+    return meshes

@@ -46,6 +46,13 @@ class LaneGrid:
         """Columns that each `cp` rank holds."""
         return self.length // len(self.parts)
 
+    def real(self) -> npt.NDArray[np.bool_]:
+        """`[rows, length]`: where there is a token, and no padding."""
+        found = np.zeros((self.rows, self.length), dtype=np.bool_)
+        for row, start, stop in self.places:
+            found[row, start:stop] = True
+        return found
+
 
 def lay_out(samples: Sequence[SampleMeta], rule: SequenceRule) -> LaneGrid:
     """The grid of one lane; one padding token where it has no samples."""

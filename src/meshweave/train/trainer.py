@@ -58,7 +58,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
     """
     training, held_out = build_datasets(run, config)
     schedule = agreed_schedule(world, run, config, training)
-    model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
+    model = build_model(run, config, world.placements, world.meshes, world.rank, world.device, world.expert_meshes)
     loader = build_loader(run, training, world, schedule, model.part.rule)
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
     rates = build_schedule(run, optimizer)
@@ -105,6 +105,8 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
                 "skipped_samples": step.skipped,
                 "updated": int(updated),
             }
+            if totals.load:
+                record |= {"router_aux_loss": totals.router_aux_loss, "expert_imbalance": totals.imbalance}
             started = now
             records.append(record)
             if log is not None:
