@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.models import CONFIGS, with_layers, write_model_folder
+from support.models import CONFIGS, llava_moe, with_layers, write_model_folder
 from support.runs import module, run_of, verified
+
+
+FAMILIES = CONFIGS | {"llava_moe": llava_moe}
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,16 @@ CASES = {
     "without sequence parallelism, cp2": Case(
         "qwen3_vl", module("0-3", dp=4), module("0-3", tp=2, cp=2, sequence_parallel=False)
     ),
+    "experts: ep2 etp2, tp2 cp2": Case("llava_moe", module("0-3", dp=4), module("0-3", cp=2, tp=2, ep=2, etp=2), layers=3),
+    "experts: ep2, tp2 pp2": Case("llava_moe", module("0-3", dp=4), module("0-3", tp=2, pp=2, ep=2), layers=3),
+    "experts: etp2, cp2": Case("llava_moe", module("0-1", dp=2), module("0-1", cp=2, etp=2), {"router_aux_loss": 0.1}, layers=3),
+    "experts: ep4, cp2 tp2, even over all lanes": Case(
+        "llava_moe",
+        module("0-3", dp=4),
+        module("0-3", dp=2, tp=2, ep=4),
+        {"router_aux_loss": 0.1, "router_aux_scope": "microbatch"},
+        layers=3,
+    ),
     "replicated": Case("llava", module("0-3", dp=4), module("0-3", cp=2, tp=2, data_parallel="replicate")),
 }
 
@@ -55,7 +68,7 @@ CASES = {
 def test_a_cut_sequence_equals_the_single_process(case: str, tmp_path: Path) -> None:
     its = CASES[case]
     config = with_layers(
-        CONFIGS[its.family](tied=its.tied) if its.tied else CONFIGS[its.family](),
+        FAMILIES[its.family](tied=its.tied) if its.tied else FAMILIES[its.family](),
         3,
         max(its.layers, 2 + (its.family == "qwen3_vl")),
     )

@@ -128,7 +128,7 @@ def sequence_parallel(module: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> 
 
 
 def replicated_names(parameters: Mapping[str, nn.Parameter]) -> tuple[str, ...]:
-    """Names of those parameters that `tp` does not split."""
+    """Names of those parameters that every rank of `tp` holds: it neither splits them, nor are they split experts."""
     return tuple(name for name, parameter in parameters.items() if not _split(parameter))
 
 
@@ -136,4 +136,5 @@ def _split(parameter: nn.Parameter) -> bool:
     if not isinstance(parameter, DTensor):
         return False
     axes = parameter.device_mesh.mesh_dim_names or ()
-    return any(axis == "tp" and not kind.is_replicate() for axis, kind in zip(axes, parameter.placements, strict=True))
+    splits = [axis for axis, kind in zip(axes, parameter.placements, strict=True) if not kind.is_replicate()]
+    return "tp" in splits or bool({"edp", "ep", "etp"} & set(axes))
