@@ -19,8 +19,8 @@ class Document:
     start: int
     stop: int
     two_way: tuple[tuple[int, int], ...] = ()
-    """(start, stop) positions in the lane's sequence, ascending, of media tokens that see each other in both directions, if the mask
-    says so. Media items that touch are one span: transformers' Gemma models count unbroken runs of media tokens, not items."""
+    """(start, stop) positions in the lane's sequence, ascending, of media tokens that see each other in both directions, if the
+    mask says so. Media items that touch are one span: what transformers' Gemma models count is unbroken runs of media tokens."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What does a rank's attention need to know of one microbatch? The sequence, who holds what, and the tiles per mask, ready to run."""
+"""What does a rank's attention need to know of one microbatch? The sequence, who holds what, and the tiles of each mask."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from meshweave.errors import LayoutError
 from meshweave.parallel.context.groups import ContextGroups, ulysses_size
-from meshweave.parallel.context.kernels import Bias, bias_of
+from meshweave.parallel.context.kernels import bias_of
 from meshweave.parallel.context.ring import ReadyTile, Ring
 from meshweave.sequence import Kind, LaneSequence, Mask, Sight, Tile, ring_part, sight
 from meshweave.sequence.lane import Array
@@ -77,7 +77,8 @@ class SequencePlan:
         def make() -> tuple[Tensor, Tensor, Any]:
             assert self._groups is not None
             order = np.argsort(np.concatenate([rows_of(held) for held in self._of_ulysses(self._index // u, u)]))
-            return *(torch.from_numpy(each).to(device) for each in (order, np.argsort(order))), self._groups.ulysses[u]
+            back = np.argsort(order)
+            return torch.from_numpy(order).to(device), torch.from_numpy(back).to(device), self._groups.ulysses[u]
 
         return self._once(("ulysses", u, device), make)
 

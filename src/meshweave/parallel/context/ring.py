@@ -151,7 +151,7 @@ class _Gradients:
         self._under_way: tuple[list[dist.Work], Tensor, Tensor, int] | None = None
 
     def send(self, owner: int, dk: Tensor, dv: Tensor) -> None:
-        """Sends what this participant computed for `owner`; its counterpart, for own keys, comes from as far on the other side."""
+        """Sends what this participant computed for `owner`; as much arrives for own keys, from the other side."""
         self.finish()
         ring, size = self._ring, len(self._ring.tiles)
         reader = (2 * ring.participant - owner) % size
