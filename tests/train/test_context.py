@@ -8,7 +8,6 @@ import pytest
 from support.models import CONFIGS, llava_moe, with_layers, write_model_folder
 from support.runs import module, run_of, verified
 
-
 FAMILIES = CONFIGS | {"llava_moe": llava_moe}
 
 

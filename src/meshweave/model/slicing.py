@@ -8,15 +8,24 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from meshweave.config import LANGUAGE, RunConfig
+from meshweave.model.masks import masks_of
+from meshweave.model.modules import VISION
 from meshweave.sequence.grid import UNCUT, LaneGrid, SequenceRule
 
 
 def sequence_rule(run: RunConfig, config: PreTrainedConfig) -> SequenceRule:
-    """How a run lays out and cuts its sequences."""
+    """How a run lays out and cuts its sequences.
+
+    Raises:
+        LayoutError: they are packed or cut, and the model has a layer that cannot work on that.
+    """
     language = run.modules[LANGUAGE]
-    sliced = language.tp > 1 and language.sequence_parallel is not False
-    tp = language.tp if sliced else 1
-    return SequenceRule(run.train.pack or sliced or language.cp > 1, language.cp, tp)
+    tp = language.tp if language.sequence_parallel is not False else 1
+    if not (run.train.pack or tp > 1 or language.cp > 1):
+        return UNCUT
+    masks = masks_of(config.get_text_config())
+    two_way = VISION if any(mask.two_way for mask in masks) else None
+    return SequenceRule(True, language.cp, tp, masks, two_way)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ from meshweave.model.routing import Routing, routing_of
 from meshweave.model.slicing import LanePart, sequence_rule
 from meshweave.model.stages import stage_cuts
 from meshweave.model.weights import fill_pretrained, fill_seeded, materialise
+from meshweave.parallel.context import IMPLEMENTATION, ContextGroups, context_groups
 from meshweave.parallel.data import ExpertLayers, data_parallel
 from meshweave.parallel.expert import expert_parallel
-from meshweave.parallel.mesh import axis_mesh, build_sequence_groups
+from meshweave.parallel.mesh import axis_mesh
 from meshweave.parallel.tensor import replicated_names, sequence_parallel, tensor_parallel
 
 
@@ -54,6 +56,8 @@ class LocalModel:
     """Every module of the run, also those of other ranks, to the blocks of each of its (virtual) stages."""
     part: LanePart
     """What this rank holds of its language-model lane's sequences."""
+    context: ContextGroups | None
+    """With whom it attends; None where it has its lane's sequences for itself."""
     routing: Routing | None = None
     """How the language model routes tokens to experts, if it has any."""
 
@@ -75,12 +79,13 @@ def build_model(
     """
     stored = STORED[run.dtype]
     graph = graph_of(blueprint_of(model_config, stored))
-    if sequence_rule(run, model_config).packed:
-        graph.model.base_model.language_model.set_attn_implementation("meshweave")
     blueprint = blueprint_of(model_config, stored)
     cuts = stage_cuts(run, graph)
     modules = {}
-    part = _lane_part(run, model_config, placements[LANGUAGE], meshes[LANGUAGE], rank)
+    part, context = _lane_part(run, model_config, placements[LANGUAGE], meshes[LANGUAGE], rank)
+    if part.rule.packed:
+        text: Any = graph.model.base_model.language_model
+        text.set_attn_implementation(IMPLEMENTATION)
     for name, placement in placements.items():
         coordinate = placement.coordinate(rank)
         if coordinate is None:
@@ -133,7 +138,7 @@ def build_model(
             tied,
             tied if len(cut) - 1 in stages else frozenset(),
         )
-    return LocalModel(graph, modules, cuts, part, routing_of(run, graph))
+    return LocalModel(graph, modules, cuts, part, context, routing_of(run, graph))
 
 
 def _expert_dims(layers: Mapping[str, nn.Module], layout: Layout, kind: str) -> dict[str, int]:
@@ -144,21 +149,25 @@ def _expert_dims(layers: Mapping[str, nn.Module], layout: Layout, kind: str) -> 
     return {key: lane_dim(key, tuple(value.shape), layout) for key, value in weights}
 
 
-def _lane_part(run: RunConfig, config: PreTrainedConfig, placement: Placement, mesh: DeviceMesh, rank: int) -> LanePart:
+def _lane_part(
+    run: RunConfig, config: PreTrainedConfig, placement: Placement, mesh: DeviceMesh, rank: int
+) -> tuple[LanePart, ContextGroups | None]:
     """Every rank of the world must call it: it makes process groups."""
-    rule = sequence_rule(run, config)
-    groups = build_sequence_groups(placement, 1)
+    rule, groups = sequence_rule(run, config), None
+    if rule.cp > 1:
+        lanes = dict.fromkeys(placement.group(member, "cp") for member in placement.ranks)
+        text = config.get_text_config()
+        heads = {getattr(text, key, None) for key in ("num_key_value_heads", "num_global_key_value_heads")}
+        each = [count // placement.layout.tp for count in heads if count]
+        groups = context_groups(run.modules[LANGUAGE].context_parallel, list(lanes), each, rank)
     coordinate = placement.coordinate(rank)
     if coordinate is None:
-        return LanePart(rule)
+        return LanePart(rule), None
+    u = min(groups.ulysses | groups.ring) if groups is not None else 1
+    found = [group[u] for group in (groups.ulysses, groups.ring) if u in group] if groups is not None else []
     tp = axis_mesh(mesh, "tp")
-    return LanePart(
-        rule,
-        coordinate["cp"],
-        coordinate["tp"] if rule.tp > 1 else 0,
-        tuple(group for group in (groups.ring, groups.ulysses) if group is not None),
-        tp.get_group() if tp is not None else None,
-    )
+    own = coordinate["tp"] if rule.tp > 1 else 0
+    return LanePart(rule, coordinate["cp"], own, tuple(found), tp.get_group() if tp is not None else None), groups
 
 
 def _stage(graph: ModelGraph, name: str, blocks: range, part: LanePart) -> nn.Module:

@@ -1,10 +1,8 @@
 """Which process groups does a module's layout need? Turns placements into device meshes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshweave.errors import LayoutError
@@ -42,31 +40,6 @@ def build_meshes(placements: Mapping[str, Placement], device_type: str) -> dict[
 def axis_mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh | None:
     """The 1D mesh along `axis` through this rank, or None where the axis has size 1; this rank must be inside `mesh`."""
     return mesh[axis] if axis in (mesh.mesh_dim_names or ()) else None
-
-
-@dataclass(frozen=True)
-class SequenceGroups:
-    """This rank's process groups among the `cp` ranks of its lane; None where it would be alone."""
-
-    ring: dist.ProcessGroup | None = None
-    """Of the ranks that pass keys and values round."""
-    ulysses: dist.ProcessGroup | None = None
-    """Of the ranks that deal out heads: `cp` neighbours."""
-
-
-def build_sequence_groups(placement: Placement, dealt: int) -> SequenceGroups:
-    """Groups for a module's context parallelism, `dealt` ranks of `cp` dealing out heads; every rank of the world must call."""
-    grid = torch.tensor(placement.ranks).reshape(placement.layout.sizes())
-    by_lane = grid.movedim(AXES.index("cp"), -1).reshape(-1, placement.layout.cp // dealt, dealt)
-    return SequenceGroups(_group(by_lane.transpose(1, 2).flatten(0, 1)), _group(by_lane.flatten(0, 1)))
-
-
-def _group(rows: torch.Tensor) -> dist.ProcessGroup | None:
-    """This rank's group where each of `rows` makes one."""
-    if rows.shape[1] == 1:
-        return None
-    group, _ = dist.new_subgroups_by_enumeration(rows.tolist())
-    return group
 
 
 def build_expert_meshes(placements: Mapping[str, Placement], device_type: str) -> dict[str, DeviceMesh]:

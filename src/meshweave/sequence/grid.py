@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from meshweave.batch import SampleMeta
+from meshweave.sequence.cut import cut_sequence, multiple_of
+from meshweave.sequence.lane import Array, Document, LaneSequence, Mask
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,10 @@ class SequenceRule:
     """Ranks that each hold a part of a lane's columns."""
     tp: int = 1
     """Ranks that each hold a slice of such a part between blocks: `tp` with sequence parallelism, else 1."""
+    masks: tuple[Mask, ...] = ()
+    """What each layer lets a query see, where samples are packed."""
+    two_way: str | None = None
+    """The encoder whose media tokens see each other both ways in some layer, if there is one."""
 
     @property
     def cut(self) -> bool:
@@ -38,8 +45,10 @@ class LaneGrid:
     length: int
     places: tuple[tuple[int, int, int], ...]
     """(row, first column, last column + 1) of each sample, in order; the rest is padding."""
-    parts: tuple[npt.NDArray[np.int64], ...]
+    parts: tuple[Array, ...]
     """`cp` rank to the columns that it holds, `[intervals, 2]`, ascending; as many for every rank, divisible by `tp`."""
+    sequence: LaneSequence | None = None
+    """What attention has to know of packed samples."""
 
     @property
     def part_length(self) -> int:
@@ -55,23 +64,31 @@ class LaneGrid:
 
 
 def lay_out(samples: Sequence[SampleMeta], rule: SequenceRule) -> LaneGrid:
-    """The grid of one lane; one padding token where it has no samples."""
-    multiple = 2 * rule.cp * rule.tp if rule.cp > 1 else rule.tp
+    """The grid of one lane; padding alone where it has no samples."""
     if not rule.packed:
         length = max((sample.tokens for sample in samples), default=1)
         places = tuple((row, 0, sample.tokens) for row, sample in enumerate(samples))
-        return LaneGrid(max(1, len(samples)), length, places, _zigzag(length, 1))
-    stops = [sample.tokens for sample in samples]
-    for index in range(1, len(stops)):
-        stops[index] += stops[index - 1]
-    length = -(-max(1, *stops, 1) // multiple) * multiple
-    places = tuple((0, stop - sample.tokens, stop) for sample, stop in zip(samples, stops, strict=True))
-    return LaneGrid(1, length, places, _zigzag(length, rule.cp))
+        return LaneGrid(max(1, len(samples)), length, places, (np.array([[0, length]]),))
+    ends = list(accumulate((sample.tokens for sample in samples), initial=0))
+    multiple = multiple_of(rule.cp, rule.tp)
+    length = -(-max(1, ends[-1]) // multiple) * multiple
+    places = tuple((0, start, stop) for start, stop in pairwise(ends))
+    documents = tuple(
+        Document(start, stop, _spans(sample, start, rule.two_way))
+        for sample, (_, start, stop) in zip(samples, places, strict=True)
+    )
+    sequence = LaneSequence(length, documents)
+    return LaneGrid(1, length, places, cut_sequence(sequence, rule.cp, rule.masks), sequence)
 
 
-def _zigzag(length: int, cp: int) -> tuple[npt.NDArray[np.int64], ...]:
-    if cp == 1:
-        return (np.array([[0, length]]),)
-    edges = np.arange(2 * cp + 1) * (length // (2 * cp))
-    chunks = np.stack([edges[:-1], edges[1:]], axis=1)
-    return tuple(chunks[[index, 2 * cp - 1 - index]] for index in range(cp))
+def _spans(sample: SampleMeta, start: int, encoder: str | None) -> tuple[tuple[int, int], ...]:
+    """Unbroken runs of an encoder's tokens, as positions of the lane; runs that touch are one."""
+    spans: list[tuple[int, int]] = []
+    for item in sample.media if encoder is not None else ():
+        for position, tokens in item.runs if item.module == encoder else ():
+            first = start + position
+            if spans and spans[-1][1] == first:
+                spans[-1] = (spans[-1][0], first + tokens)
+            else:
+                spans.append((first, first + tokens))
+    return tuple(spans)

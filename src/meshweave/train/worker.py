@@ -21,13 +21,14 @@ from meshweave.model.language import LanguageStage
 from meshweave.model.routing import balance
 from meshweave.model.slicing import LanePart
 from meshweave.parallel.build import LocalModel
+from meshweave.parallel.context import SequencePlan
 from meshweave.parallel.data import synchronize_gradients
 from meshweave.parallel.mesh import axis_mesh
-from meshweave.parallel.naive_tmp import Naive
 from meshweave.parallel.step_gather import accumulate, gather, reduce
 from meshweave.schedule.actions import Action, Kind
 from meshweave.schedule.runtime import Message
 from meshweave.schedule.schedule import Schedule
+from meshweave.sequence.grid import LaneGrid
 from meshweave.train.split_backward import SplitBackward
 from meshweave.train.token_mail import TokenMail, sends_of
 from meshweave.train.world import World
@@ -82,6 +83,7 @@ class StepWorker:
         self._done: dict[_Key, _Done] = {}
         self._received: dict[tuple[Kind, str, int, int], tuple[Tensor, ...]] = {}
         self._to_send: dict[tuple[Kind, str, int, int], tuple[Tensor, ...]] = {}
+        self._attends: dict[int, SequencePlan] = {}
         self._last = {name: _last_work(step, name) for name in model.modules}
 
     def compute(self, action: Action) -> None:
@@ -168,7 +170,7 @@ class StepWorker:
         arguments = {
             "input_ids": batch.input_ids.to(self.world.device),
             "grid": batch.grid,
-            "sequence": Naive(batch.grid, self.model.part) if self.model.part.rule.packed else None,
+            "sequence": self._attention(number, batch.grid),
             "media": parts,
             "items": [item for sample in plan.lanes[lane] for item in sample.media],
             "hidden": inputs[0] if inputs else None,
@@ -199,6 +201,14 @@ class StepWorker:
         outputs += self._balance(module, batch)
         if torch.is_grad_enabled():
             self._done[LANGUAGE, stage, number] = _Done(inputs, outputs, media, split)
+
+    def _attention(self, number: int, grid: LaneGrid) -> SequencePlan | None:
+        """How this lane attends in a microbatch; None where the stock implementation does."""
+        if grid.sequence is None:
+            return None
+        if number not in self._attends:
+            self._attends[number] = SequencePlan(grid.sequence, grid.parts, self.model.part.rule.masks, self.model.context)
+        return self._attends[number]
 
     def _balance(self, stage: LanguageStage, batch: LanguageBatch) -> tuple[Tensor, ...]:
         """The load-balancing loss of a forward, as one further output; none without a backward, or in a stage without routers."""
