@@ -59,6 +59,14 @@ CASES = {
         {"router_aux_loss": 0.1, "router_aux_scope": "microbatch"},
         layers=3,
     ),
+    "ulysses: cp2": Case("llava", module("0-1", dp=2), module("0-1", cp=2, context_parallel="ulysses")),
+    "ulysses: cp4 of 4 kv heads, pp1 apart": Case("qwen3_vl", module("0"), module("1-4", cp=4, context_parallel="ulysses")),
+    "ulysses: cp4 of 2 kv heads a rank, tp2": Case("llava", module("0"), module("0-7", cp=4, tp=2, context_parallel="ulysses")),
+    "encoder: cp2 and dp2": Case("qwen3_vl", module("0-1", cp=2), module("0-1", dp=2)),
+    "encoder: cp2 dp2 and cp2 tp2, deepstack": Case("qwen3_vl", module("0-3", cp=2, dp=2), module("0-3", cp=2, tp=2)),
+    "encoder: cp2 tp2 into pp2": Case("qwen3_vl", module("0-3", cp=2, tp=2), module("4-5", pp=2), layers=3),
+    "encoder: cp4, windows": Case("qwen2_5_vl", module("0-3", cp=4), module("0-3", dp=4)),
+    "encoder: cp2, replicas": Case("qwen2_5_vl", module("0-3", cp=2, replicas=2), module("0-3", cp=4)),
     "replicated": Case("llava", module("0-3", dp=4), module("0-3", cp=2, tp=2, data_parallel="replicate")),
 }
 

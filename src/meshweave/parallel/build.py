@@ -14,7 +14,7 @@ from meshweave.layout import Layout, Placement
 from meshweave.model.blueprint import STORED, blueprint_of
 from meshweave.model.encoder import EncoderStage
 from meshweave.model.experts import expert_layers, lane_dim
-from meshweave.model.families import tensor_plans
+from meshweave.model.families import patch_plan, tensor_plans
 from meshweave.model.frozen import frozen_names
 from meshweave.model.language import LanguageStage
 from meshweave.model.modules import ModelGraph, first_names, graph_of
@@ -23,10 +23,12 @@ from meshweave.model.slicing import LanePart, sequence_rule
 from meshweave.model.stages import stage_cuts
 from meshweave.model.weights import fill_pretrained, fill_seeded, materialise
 from meshweave.parallel.context import IMPLEMENTATION, ContextGroups, context_groups
+from meshweave.parallel.context.patches import PATCH_IMPLEMENTATION, share_patches
 from meshweave.parallel.data import ExpertLayers, data_parallel
 from meshweave.parallel.expert import expert_parallel
 from meshweave.parallel.mesh import axis_mesh
 from meshweave.parallel.tensor import replicated_names, sequence_parallel, tensor_parallel
+from meshweave.sequence.grid import SequenceRule
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def build_model(
     blueprint = blueprint_of(model_config, stored)
     cuts = stage_cuts(run, graph)
     modules = {}
-    part, context = _lane_part(run, model_config, placements[LANGUAGE], meshes[LANGUAGE], rank)
+    context = {name: _context(run, model_config, name, placement, rank) for name, placement in placements.items()}
+    part = _lane_part(sequence_rule(run, model_config), placements[LANGUAGE], meshes[LANGUAGE], context[LANGUAGE], rank)
     if part.rule.packed:
         text: Any = graph.model.base_model.language_model
         text.set_attn_implementation(IMPLEMENTATION)
@@ -111,6 +114,8 @@ def build_model(
         compute = torch.bfloat16 if run.dtype == "bfloat16" else None
         blocks = graph.blocks(name)
         assert dp is not None
+        if name != LANGUAGE and placement.layout.cp > 1:
+            _share_patches(graph, name, context[name])
         for number, stage in stages.items():
             if dp.size() > 1 or compute is not None:
                 its = [blocks[index] for index in cut[number]]
@@ -138,7 +143,7 @@ def build_model(
             tied,
             tied if len(cut) - 1 in stages else frozenset(),
         )
-    return LocalModel(graph, modules, cuts, part, context, routing_of(run, graph))
+    return LocalModel(graph, modules, cuts, part, context[LANGUAGE], routing_of(run, graph))
 
 
 def _expert_dims(layers: Mapping[str, nn.Module], layout: Layout, kind: str) -> dict[str, int]:
@@ -149,25 +154,38 @@ def _expert_dims(layers: Mapping[str, nn.Module], layout: Layout, kind: str) -> 
     return {key: lane_dim(key, tuple(value.shape), layout) for key, value in weights}
 
 
-def _lane_part(
-    run: RunConfig, config: PreTrainedConfig, placement: Placement, mesh: DeviceMesh, rank: int
-) -> tuple[LanePart, ContextGroups | None]:
-    """Every rank of the world must call it: it makes process groups."""
-    rule, groups = sequence_rule(run, config), None
-    if rule.cp > 1:
-        lanes = dict.fromkeys(placement.group(member, "cp") for member in placement.ranks)
-        text = config.get_text_config()
-        heads = {getattr(text, key, None) for key in ("num_key_value_heads", "num_global_key_value_heads")}
-        each = [count // placement.layout.tp for count in heads if count]
-        groups = context_groups(run.modules[LANGUAGE].context_parallel, list(lanes), each, rank)
+def _context(run: RunConfig, config: PreTrainedConfig, name: str, placement: Placement, rank: int) -> ContextGroups | None:
+    """With whom this rank attends in one module. Every rank of the world must call it: it makes process groups."""
+    layout = placement.layout
+    if layout.cp == 1:
+        return None
+    lanes = list(dict.fromkeys(placement.group(member, "cp") for member in placement.ranks))
+    if name != LANGUAGE:
+        return context_groups("ulysses", lanes, [layout.cp], rank)  # the heads are as many that each rank gets some
+    text = config.get_text_config()
+    heads = {getattr(text, key, None) for key in ("num_key_value_heads", "num_global_key_value_heads")}
+    each = [count // layout.tp for count in heads if count]
+    return context_groups(run.modules[name].context_parallel, lanes, each, rank)
+
+
+def _lane_part(rule: SequenceRule, placement: Placement, mesh: DeviceMesh, groups: ContextGroups | None, rank: int) -> LanePart:
     coordinate = placement.coordinate(rank)
     if coordinate is None:
-        return LanePart(rule), None
+        return LanePart(rule)
     u = min(groups.ulysses | groups.ring) if groups is not None else 1
     found = [group[u] for group in (groups.ulysses, groups.ring) if u in group] if groups is not None else []
     tp = axis_mesh(mesh, "tp")
     own = coordinate["tp"] if rule.tp > 1 else 0
-    return LanePart(rule, coordinate["cp"], own, tuple(found), tp.get_group() if tp is not None else None), groups
+    return LanePart(rule, coordinate["cp"], own, tuple(found), tp.get_group() if tp is not None else None)
+
+
+def _share_patches(graph: ModelGraph, name: str, groups: ContextGroups | None) -> None:
+    assert groups is not None
+    child, plan = patch_plan(graph, name)
+    tower: Any = graph.model.get_submodule(child)
+    # Not by its setter, which would look for a library of the name.
+    tower.config._attn_implementation = PATCH_IMPLEMENTATION
+    share_patches(tower, plan, tower.config.spatial_merge_size**2, groups.ulysses[groups.cp])
 
 
 def _stage(graph: ModelGraph, name: str, blocks: range, part: LanePart) -> nn.Module:

@@ -45,6 +45,17 @@ class CutPlan:
     `[patches of all items, width]`."""
 
 
+@dataclass(frozen=True)
+class PatchPlan:
+    """How the patches of one encoder are shared out over `cp`: an encoder whose blocks take `[patches of all items, width]` and the
+    angles of their position embeddings, and hand further arguments on to attention. Names are relative to it."""
+
+    blocks: str
+    """The list of blocks."""
+    merged: tuple[str, ...]
+    """Modules that turn patches into media tokens, or into further features of these."""
+
+
 def matches(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
     """Modules that `pattern` names, each after its own parameters, and parameters that it names; the empty one is the root."""
     name_of = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
