@@ -12,8 +12,8 @@ from support.lanes import MASKS, packed, sequences
 
 from meshweave.boundary import zigzag_positions
 from meshweave.errors import LayoutError
-from meshweave.sequence import cut as cut_module
 from meshweave.sequence import LaneSequence, Mask, cut_sequence, multiple_of, sight
+from meshweave.sequence import cut as cut_module
 from meshweave.sequence.tiles import rows_of
 
 LONG = 1 << 17
