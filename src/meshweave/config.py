@@ -72,6 +72,12 @@ class ModuleConfig(_Strict):
     """Tensor parallelism inside one expert."""
     replicas: PositiveInt = 1
     """Ranks that repeat the same work."""
+    sequence_parallel: bool | None = None
+    """`language` with `tp` above 1: shard activations between blocks over `tp` along the sequence; left out, wherever the model's
+    layers allow it."""
+    context_parallel: Literal["ring", "ulysses"] = "ring"
+    """How `cp` ranks attend to one another's tokens: keys and values go round, or heads are dealt out (as far as there are
+    heads for every rank; the rest goes round)."""
     data_parallel: Literal["shard", "replicate"] = "shard"
     """Over `dp`: shard parameters, gradients and optimizer state (FSDP2), or keep a replica on every lane."""
     lr: PositiveFloat | None = None
@@ -178,6 +184,9 @@ class TrainConfig(_Strict):
     """Samples of one step, over all lanes and microbatches."""
     microbatches: PositiveInt = 1
     """Parts a step is worked in, one after the other; their gradients are added up."""
+    pack: bool = False
+    """Lay a lane's samples one behind the other in one sequence, without padding, instead of one a row; sequences that are cut
+    over `cp` or `tp` always are."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -187,6 +196,11 @@ class TrainConfig(_Strict):
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     """Applied to matrices, not to biases and norms."""
+    router_aux_loss: NonNegativeFloat | None = None
+    """Models with experts: coefficient of the loss that keeps their load even, 1 where it is (`model/routing.py` defines it). Left
+    out, the model's own `router_aux_loss_coef` if its config sets `output_router_logits`, else 0."""
+    router_aux_scope: Literal["lane", "microbatch"] = "lane"
+    """Tokens over which the load shall be even: one lane's microbatch, or all lanes of a microbatch."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Bound of the one global gradient norm over all modules; null turns clipping off."""
     log_every: PositiveInt = 10

@@ -9,9 +9,11 @@ from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlavaConfig,
+    MixtralConfig,
     PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     Qwen3VLConfig,
     SiglipVisionConfig,
 )
@@ -76,6 +78,44 @@ def llava_siglip() -> PreTrainedConfig:
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
     )
+
+
+EXPERTS = 4
+
+
+def llava_moe(**changes: Any) -> PreTrainedConfig:
+    """CLIP tower and Qwen3-MoE: two of four experts a token, the first of three layers without experts."""
+    text = Qwen3MoeConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+        mlp_only_layers=[0],
+        **changes,
+    )
+    return LlavaConfig(vision_config=llava().vision_config, text_config=text, image_token_id=5)
+
+
+def llava_mixtral() -> PreTrainedConfig:
+    """CLIP tower and Mixtral: experts in every layer, routing weights that sum to 1."""
+    text = MixtralConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        sliding_window=None,
+    )
+    return LlavaConfig(vision_config=llava().vision_config, text_config=text, image_token_id=5)
 
 
 def qwen3_vl(*, tied: bool = False) -> PreTrainedConfig:

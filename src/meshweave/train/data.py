@@ -18,6 +18,7 @@ from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import ConfigError
 from meshweave.layout import Placement
 from meshweave.schedule.schedule import Schedule
+from meshweave.sequence.grid import SequenceRule
 from meshweave.train.world import World
 
 
@@ -68,7 +69,9 @@ def _processor(run: RunConfig) -> Any:
         raise ConfigError(f"model: {str(run.model)!r} has no processor that transformers can load ({error})") from error
 
 
-def build_loader(run: RunConfig, dataset: Dataset, world: World, schedule: Schedule, *, training: bool = True) -> Loader:
+def build_loader(
+    run: RunConfig, dataset: Dataset, world: World, schedule: Schedule, rule: SequenceRule, *, training: bool = True
+) -> Loader:
     """Loader of this rank's part of every step; without `training`, one ordered pass over everything."""
     language = world.placements[LANGUAGE]
     return Loader(
@@ -78,7 +81,8 @@ def build_loader(run: RunConfig, dataset: Dataset, world: World, schedule: Sched
         language_lanes=language.layout.dp,
         language_lane=language.lane(world.rank),
         encoders={name: _role(name, world.placements[name], schedule, world.rank) for name in run.encoders},
-        crossing=partial(_crossing, world),
+        rule=rule,
+        crossing=partial(_crossing, world, rule),
         rank=world.rank,
         world=world.size,
         group=world.data_group,
@@ -89,9 +93,9 @@ def build_loader(run: RunConfig, dataset: Dataset, world: World, schedule: Sched
     )
 
 
-def _crossing(world: World, plan: MicrobatchPlan, encoder: str) -> TransferPlan:
+def _crossing(world: World, rule: SequenceRule, plan: MicrobatchPlan, encoder: str) -> TransferPlan:
     """With this rank's part of both ways worked out: in the loader's thread, which the step does not wait for."""
-    crossing = plan_crossing(plan, encoder, world.placements, world.node_size)
+    crossing = plan_crossing(plan, encoder, world.placements, rule, world.node_size)
     for way in (crossing, crossing.transpose()):
         way.for_rank(world.rank)
     return crossing

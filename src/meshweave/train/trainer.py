@@ -58,8 +58,8 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
     """
     training, held_out = build_datasets(run, config)
     schedule = agreed_schedule(world, run, config, training)
-    loader = build_loader(run, training, world, schedule)
-    model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
+    model = build_model(run, config, world.placements, world.meshes, world.rank, world.device, world.expert_meshes)
+    loader = build_loader(run, training, world, schedule, model.part.rule)
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
     rates = build_schedule(run, optimizer)
     graph = graph_of(blueprint_of(config, STORED[run.dtype]))
@@ -105,6 +105,8 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
                 "skipped_samples": step.skipped,
                 "updated": int(updated),
             }
+            if totals.load:
+                record |= {"router_aux_loss": totals.router_aux_loss, "expert_imbalance": totals.imbalance}
             started = now
             records.append(record)
             if log is not None:
@@ -130,7 +132,7 @@ def evaluate(
     A sample is exact if every target token is the most likely one given those before it: what greedy decoding would write.
     """
     schedule = agreed_schedule(world, run, config, dataset, training=False)
-    loader = build_loader(run, dataset, world, schedule, training=False)
+    loader = build_loader(run, dataset, world, schedule, model.part.rule, training=False)
     for part in model.modules.values():
         for stage in part.stages.values():
             stage.eval()

@@ -5,7 +5,7 @@ from transformers import PreTrainedConfig
 from meshweave.config import LANGUAGE
 from meshweave.errors import LayoutError
 from meshweave.model.families import clip, qwen2_5_vl, qwen3_vl, siglip
-from meshweave.model.families.plan import CutPlan, TensorPlan, matches
+from meshweave.model.families.plan import GATHERED_HEAD, CutPlan, TensorPlan, matches
 from meshweave.model.modules import ModelGraph
 
 PLANS: dict[str, TensorPlan] = clip.PLANS | siglip.PLANS | qwen2_5_vl.PLANS | qwen3_vl.PLANS
@@ -20,7 +20,7 @@ LANGUAGE_CUT = CutPlan(blocks="layers", before=("embed_tokens",))
 PROVEN = frozenset({"llava", "qwen2_5_vl", "qwen3_vl"})
 """`model_type`s that the tests verify; others take the generic path."""
 
-HEAD_PLAN = TensorPlan(rules={"": "colwise_gather_output"})
+HEAD_PLAN = TensorPlan(rules={"": GATHERED_HEAD})
 
 
 def tensor_plans(graph: ModelGraph, name: str) -> dict[str, TensorPlan]:

@@ -9,6 +9,9 @@ from torch import nn
 PARTIAL_GRADIENT = "replicated_with_grad_allreduce"
 """Style of a replicated parameter that sees only this rank's heads (Qwen3's q_norm): its gradient is a partial sum over `tp`."""
 
+GATHERED_HEAD = "colwise_gather_output"
+"""Style of a head whose vocabulary is split over `tp`."""
+
 PACKED_QKV = "packed_qkv"
 """Style (ours) of a fused query-key-value projection: parameters whole over `tp`, computed by heads."""
 
