@@ -76,12 +76,13 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         ring: Ring = ctx.ring
-        gradient = gradient.contiguous()
+        if gradient.stride(-1) != 1:
+            gradient = gradient.contiguous()  # the kernels mind strides within a head only
         dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
         home = _Gradients(ring, dk, dv)
         for owner, keys, values in _Keys(ring, k, v):
-            own = owner == ring.participant
-            its = (dk, dv) if own else tuple(torch.zeros_like(x, dtype=lse.dtype) for x in (keys, values))
+            message = dk.new_zeros(0 if owner == ring.participant else ring.fetched[owner] * _width(k, v))
+            its = (dk, dv) if owner == ring.participant else _unpacked(message, ring.fetched[owner], k, v)
             for tile in ring.tiles[owner]:
                 rows = tile.query
                 parts = attend_backward(
@@ -97,8 +98,9 @@ class _RingAttention(torch.autograd.Function):
                 )
                 for into, place, part in zip((dq, *its), (rows, tile.keys, tile.keys), parts, strict=True):
                     into[:, :, place] += part
-            if not own:
-                home.send(owner, *its)
+                del parts, part
+            if owner != ring.participant:
+                home.send(owner, message)
         home.finish()
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
@@ -123,9 +125,10 @@ class _Keys:
         yield ring.participant, self._k, self._v
         for step in range(1, size):
             assert arriving is not None
-            works, message, _ = arriving
+            works, message, sent = arriving
             for work in works:
                 work.wait()
+            del sent
             arriving = self._exchange(step + 1) if step + 1 < size else None
             owner = (ring.participant - step) % size
             yield owner, *_unpacked(message, ring.fetched[owner], self._k, self._v)
@@ -135,7 +138,9 @@ class _Keys:
         ring, size = self._ring, len(self._ring.tiles)
         reader, owner = (ring.participant + step) % size, (ring.participant - step) % size
         rows = ring.lent[reader]
-        sent = torch.cat([x.index_select(2, rows).flatten() for x in (self._k, self._v)])
+        sent = self._k.new_empty(len(rows) * _width(self._k, self._v))
+        for x, part in zip((self._k, self._v), _unpacked(sent, len(rows), self._k, self._v), strict=True):
+            torch.index_select(x, 2, rows, out=part)
         got = self._k.new_empty(ring.fetched[owner] * _width(self._k, self._v))
         return _post(ring.group, (reader, sent), (owner, got)), got, sent
 
@@ -150,12 +155,11 @@ class _Gradients:
         self._ring, self._dk, self._dv = ring, dk, dv
         self._under_way: tuple[list[dist.Work], Tensor, Tensor, int] | None = None
 
-    def send(self, owner: int, dk: Tensor, dv: Tensor) -> None:
-        """Sends what this participant computed for `owner`; as much arrives for own keys, from the other side."""
+    def send(self, owner: int, sent: Tensor) -> None:
+        """Sends what this participant computed for `owner`, packed; as much arrives for own keys, from the other side."""
         self.finish()
         ring, size = self._ring, len(self._ring.tiles)
         reader = (2 * ring.participant - owner) % size
-        sent = torch.cat([dk.flatten(), dv.flatten()])
         got = self._dk.new_empty(len(ring.lent[reader]) * _width(self._dk, self._dv))
         self._under_way = _post(ring.group, (owner, sent), (reader, got)), got, sent, reader
 
