@@ -33,7 +33,10 @@ def test_groups_are_those_of_the_geometry() -> None:
 
 
 def test_expert_groups_are_those_of_the_geometry_and_there_are_none_without_experts() -> None:
-    placements = {"vision": Placement(Layout(dp=2), (0, 3)), "language": Placement(Layout(pp=2, dp=4, ep=2, etp=2), tuple(range(8)))}
+    placements = {
+        "vision": Placement(Layout(dp=2), (0, 3)),
+        "language": Placement(Layout(pp=2, dp=4, ep=2, etp=2), tuple(range(8))),
+    }
 
     def groups(rank: int) -> dict[str, tuple[int, ...]]:
         meshes = build_expert_meshes(placements, "cpu")

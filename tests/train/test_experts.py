@@ -16,7 +16,8 @@ from torch.nn import functional
 from transformers import AutoModelForImageTextToText
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from meshweave.model.blueprint import read_model_config
+from meshweave.model.blueprint import blueprint_of, read_model_config
+from meshweave.model.modules import graph_of
 from meshweave.model.routing import Balance, Routing, balance, routing_of
 from meshweave.train.trainer import train
 from meshweave.train.verify import VerifyReport
@@ -60,7 +61,6 @@ CASES = {
     "ep2 etp2": Case("llava_moe", module("0-3", dp=4), module("0-3", dp=4, ep=2, etp=2), LANE),
     "ep2 etp2, deepstack": Case("qwen3_vl_moe", module("0-1", dp=2), module("0-3", dp=4, ep=2, etp=2), MICROBATCH),
     "replicated ep2": Case("llava_moe", module("0"), module("0-3", dp=4, ep=2, data_parallel="replicate"), LANE),
-    "replicated etp2": Case("llava_moe", module("0"), module("0-3", dp=4, etp=2, data_parallel="replicate")),
     "apart": Case("llava_moe", module("0-1", dp=2), module("2-3", dp=2, ep=2), LANE),
     "pp2 ep2": Case("llava_moe", module("0-1", dp=2), module("0-3", pp=2, dp=2, ep=2), MICROBATCH),
     "pp2 ep2, zero bubble": Case("llava_moe", module("0-1", dp=2), module("0-3", pp=2, dp=2, ep=2), MICROBATCH, ZERO_BUBBLE),
@@ -82,9 +82,7 @@ CASES = {
     "pretrained ep2 etp2": Case(
         "llava_mixtral", module("0"), module("0-3", dp=4, ep=2, etp=2), LANE, changes={"weights": "pretrained"}
     ),
-    "pretrained pp2 ep2": Case(
-        "qwen3_vl_moe", module("0"), module("0-3", pp=2, dp=2, ep=2), changes={"weights": "pretrained"}
-    ),
+    "pretrained pp2 ep2": Case("qwen3_vl_moe", module("0"), module("0-3", pp=2, dp=2, ep=2), changes={"weights": "pretrained"}),
     "float32": Case("llava_moe", module("0"), module("0-3", dp=4, ep=2, etp=2), MICROBATCH, changes={"dtype": "float32"}),
 }
 
@@ -96,14 +94,18 @@ def test_experts_equal_the_single_process(case: str, tmp_path: Path) -> None:
     assert report.media_items > 0
 
 
-@pytest.mark.parametrize("bias", [(0.0, 9.0, 0.0, -9.0), (9.0, 9.0, -9.0, -9.0)], ids=["one expert", "all of one rank"])
-@pytest.mark.parametrize("case", ["ep2, two copies", "ep2 etp2", "pp2 ep2, zero bubble"])
-def test_experts_may_get_no_token(
-    case: str, bias: tuple[float, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+IDLE = {
+    "ep2, two copies": (0.0, 9.0, 0.0, -9.0),
+    "ep2 etp2": (9.0, 9.0, -9.0, -9.0),
+    "pp2 ep2, zero bubble": (-9.0, -9.0, 9.0, 9.0),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_an_expert_or_all_of_a_rank_may_get_no_token(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(router: Qwen3MoeTopKRouter, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hidden = hidden.reshape(-1, router.hidden_dim)
-        logits = functional.linear(hidden, router.weight) + hidden.new_tensor(bias)
+        logits = functional.linear(hidden, router.weight) + hidden.new_tensor(IDLE[case])
         scores, chosen = logits.softmax(-1).topk(router.top_k)
         return logits, scores, chosen
 
@@ -168,13 +170,12 @@ def test_the_balance_is_one_where_load_and_probability_are_even_and_counts_no_pa
     assert float(nothing.loss) == 0.0
 
 
-@pytest.mark.parametrize(("asked", "given", "expected"), [(True, None, 0.02), (False, None, 0.0), (True, 0.0, 0.0), (False, 0.3, 0.3)])
+@pytest.mark.parametrize(
+    ("asked", "given", "expected"), [(True, None, 0.02), (False, None, 0.0), (True, 0.0, 0.0), (False, 0.3, 0.3)]
+)
 def test_the_coefficient_is_the_runs_or_the_models_if_it_asks_for_it(
     asked: bool, given: float | None, expected: float, tmp_path: Path
 ) -> None:
-    from meshweave.model.blueprint import blueprint_of
-    from meshweave.model.modules import graph_of
-
     config = EXPERT_CONFIGS["llava_moe"]()
     config.text_config.output_router_logits, config.text_config.router_aux_loss_coef = asked, 0.02
     run = run_of(tmp_path, module("0"), module("0"), train={} if given is None else {"router_aux_loss": given})
@@ -183,14 +184,13 @@ def test_the_coefficient_is_the_runs_or_the_models_if_it_asks_for_it(
     assert routing == Routing(2, 4, 2, expected, "lane")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_logs_the_balance_and_leaves_a_model_that_transformers_loads(dtype: str, tmp_path: Path) -> None:
+def test_a_bfloat16_run_logs_the_balance_and_leaves_a_model_that_transformers_loads(tmp_path: Path) -> None:
     folder = write_model_folder(EXPERT_CONFIGS["llava_moe"](), tmp_path / "model", weights=True)
     run = run_of(
         folder,
         module("0"),
         module("0-3", pp=2, dp=2, ep=2),
-        dtype=dtype,
+        dtype="bfloat16",
         weights="pretrained",
         data={"source": "synthetic", "samples": 64, "eval_samples": 5},
         train={"steps": 3, **MICROBATCH},
@@ -200,8 +200,8 @@ def test_a_run_logs_the_balance_and_leaves_a_model_that_transformers_loads(dtype
     assert launch(run, lambda world, run: train(world, run, config)) is not None
     records = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
     assert all(0.9 < record["router_aux_loss"] < 4 and 1 <= record["expert_imbalance"] <= 2 for record in records)
-    before = dict(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).named_parameters())
-    after = dict(AutoModelForImageTextToText.from_pretrained(run.output / "model", dtype=torch.float32).named_parameters())
+    before = dict(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict())
+    after = dict(AutoModelForImageTextToText.from_pretrained(run.output / "model", dtype=torch.float32).state_dict())
     assert before.keys() == after.keys()
     experts = [name for name in before if ".experts." in name]
     assert len(experts) == 4

@@ -93,7 +93,9 @@ def _footprint(
         shapes = Counter((tuple(value.shape), split.get(key)) for key, value in own.items() if key not in experts)
         held_experts[position] = _held_experts({key: value for key, value in own.items() if key in experts}, layout, sharded)
         for tp in range(layout.tp):
-            whole_held[position, tp] = sum(count * _part(shape, dim, layout.tp, tp, 1, 0) for (shape, dim), count in shapes.items())
+            whole_held[position, tp] = sum(
+                count * _part(shape, dim, layout.tp, tp, 1, 0) for (shape, dim), count in shapes.items()
+            )
             for dp in range(lanes):
                 parts = (count * _part(shape, dim, layout.tp, tp, lanes, dp) for (shape, dim), count in shapes.items())
                 held[position, tp, dp] = sum(parts)

@@ -22,9 +22,7 @@ def shrink_run(run: RunConfig, config: PreTrainedConfig) -> tuple[RunConfig, Pre
     return run.model_copy(update={"weights": "seeded", "data": None, "modules": modules}), small
 
 
-def shrink(
-    config: PreTrainedConfig, *, vision_stages: int = 1, language_stages: int = 1, slices: int = 1
-) -> PreTrainedConfig:
+def shrink(config: PreTrainedConfig, *, vision_stages: int = 1, language_stages: int = 1, slices: int = 1) -> PreTrainedConfig:
     """A tiny config of the same architecture and the same numbers of attention heads and experts, so that the same `tp` and `ep`
     divide it; experts are wide enough for so many `slices`.
 

@@ -97,7 +97,9 @@ class Oracle:
         aux = loss.new_zeros(())
         if self.logits and groups:
             rows = {sample: row for row, sample in enumerate(samples)}
-            aux = torch.stack([self._balance([rows[sample] for sample in group], mask, labels) for group in groups if group]).sum()
+            aux = torch.stack(
+                [self._balance([rows[sample] for sample in group], mask, labels) for group in groups if group]
+            ).sum()
         whole = loss + self.coefficient * aux if self.coefficient else loss
         if whole.requires_grad:  # it does not where nothing but a frozen language model made it
             whole.backward()

@@ -188,6 +188,7 @@ class StepWorker:
             outputs = (loss,)
             if self.world.leads_lane:
                 self.sums += _sums(loss, labels, exact, len(plan.lanes[lane]))
+        assert isinstance(module, LanguageStage)
         outputs += self._balance(module, batch, len(plan.lanes[lane]))
         if torch.is_grad_enabled():
             self._done[LANGUAGE, stage, number] = _Done(inputs, outputs, media, split)

@@ -170,9 +170,7 @@ def _with_process_group(
         where = placements(run)
         meshes, expert_meshes = build_meshes(where, device.type), build_expert_meshes(where, device.type)
         data_group = dist.new_group(backend="gloo", timeout=timeout) if run.world_size > 1 else None
-        world = World(
-            rank, run.world_size, device, where, meshes, data_group, run.node_size, run.timeout_seconds, expert_meshes
-        )
+        world = World(rank, run.world_size, device, where, meshes, data_group, run.node_size, run.timeout_seconds, expert_meshes)
         with lost_ranks_named(rank, run.timeout_seconds, "work outside a step"):
             result = work(world, run)
             # A rank that leaves early now and then aborts the others.

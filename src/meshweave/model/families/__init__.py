@@ -17,7 +17,7 @@ CUTS: dict[str, CutPlan] = clip.CUTS | siglip.CUTS | qwen2_5_vl.CUTS | qwen3_vl.
 LANGUAGE_CUT = CutPlan(blocks="layers", before=("embed_tokens",))
 """transformers' text models are built alike."""
 
-PROVEN = frozenset({"llava", "qwen2_5_vl", "qwen3_vl"})
+PROVEN = frozenset({"llava", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"})
 """`model_type`s that the tests verify; others take the generic path."""
 
 HEAD_PLAN = TensorPlan(rules={"": "colwise_gather_output"})
