@@ -197,8 +197,8 @@ class TrainConfig(_Strict):
     weight_decay: NonNegativeFloat = 0.0
     """Applied to matrices, not to biases and norms."""
     router_aux_loss: NonNegativeFloat | None = None
-    """Models with experts: coefficient of the loss that keeps their load even, 1 where it is (`model/routing.py` defines it). Left
-    out, the model's own `router_aux_loss_coef` if its config sets `output_router_logits`, else 0."""
+    """Models with experts: coefficient of the loss that keeps their load even (`model/routing.py` defines it; it is 1 where the
+    load is even). Left out, the model's own `router_aux_loss_coef` if its config sets `output_router_logits`, else 0."""
     router_aux_scope: Literal["lane", "microbatch"] = "lane"
     """Tokens over which the load shall be even: one lane's microbatch, or all lanes of a microbatch."""
     max_grad_norm: PositiveFloat | None = 1.0

@@ -15,6 +15,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SiglipVisionConfig,
 )
 
@@ -154,6 +155,15 @@ def qwen2_5_vl() -> PreTrainedConfig:
         **QWEN_VL_TOKENS,
     )
 
+
+def qwen3_vl_moe() -> PreTrainedConfig:
+    """Qwen3-VL with experts in every layer of the language model."""
+    text = {"num_hidden_layers": 3, "head_dim": 8, "num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    vision = qwen3_vl().vision_config.to_dict() | {"model_type": "qwen3_vl_moe_vision"}
+    return Qwen3VLMoeConfig(vision_config=vision, text_config=QWEN_VL_TEXT | text, **QWEN_VL_TOKENS)
+
+
+EXPERT_CONFIGS = {"llava_moe": llava_moe, "llava_mixtral": llava_mixtral, "qwen3_vl_moe": qwen3_vl_moe}
 
 CONFIGS = {"llava": llava, "llava_siglip": llava_siglip, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
 

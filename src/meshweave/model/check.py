@@ -57,11 +57,12 @@ def check_model(run: RunConfig, config: PreTrainedConfig) -> None:
             for key, value in part.to_dict().items()
             if key.endswith(("dropout", "_pdrop")) and value
         ]
-    wrong += [fault for name in run.modules if name in parts for fault in expert_faults(run, graph, name)]
+    wrong += [fault for name in run.modules if name in parts for fault in expert_faults(run, graph, name, where[name].layout)]
     if run.train.router_aux_loss and not routers(graph):
+        kind = config.get_text_config().model_type
         wrong.append(
-            f"train.router_aux_loss={run.train.router_aux_loss}: a {config.get_text_config().model_type} model has no experts whose "
-            "load it could keep even; take it out"
+            f"train.router_aux_loss={run.train.router_aux_loss}: a {kind} model has no experts whose load it could keep even; "
+            "take it out"
         )
     wrong += _frozen_faults(run, graph)
     if wrong:

@@ -84,8 +84,8 @@ def routers(graph: ModelGraph) -> dict[str, tuple[nn.Module, int]]:
     }
 
 
-def expert_faults(run: RunConfig, graph: ModelGraph, name: str) -> list[str]:
-    """What is wrong with `ep`, `etp` and `tp` of one module with respect to the model's experts."""
+def expert_faults(run: RunConfig, graph: ModelGraph, name: str, layout: Layout) -> list[str]:
+    """What is wrong with the layout of one module with respect to the model's experts."""
     module = run.modules[name]
     layers = expert_layers(graph, name)
     kind = module_config(graph.model.config, name).model_type
@@ -105,29 +105,23 @@ def expert_faults(run: RunConfig, graph: ModelGraph, name: str) -> list[str]:
         return [*faults, f"modules.{name}: the experts of a {kind} model are laid out in another way; set its ep and etp to 1"]
     for key, shape in weights.items():
         split = SPLITS[key.rpartition(".")[2]]
-        experts, width = shape[0], shape[split.inner] // split.pieces
-        if experts % module.ep:
-            faults.append(f"modules.{name}.ep={module.ep}: does not divide the {experts} experts of {kind}; use a divisor of it")
+        width = shape[split.inner] // split.pieces
+        if shape[0] % module.ep:
+            faults.append(f"modules.{name}.ep={module.ep}: does not divide the {shape[0]} experts of {kind}; use a divisor of it")
         elif width % module.etp:
             faults.append(
                 f"modules.{name}.etp={module.etp}: does not divide the width {width} of an expert of {kind}; use a divisor of it"
             )
         elif module.data_parallel == "shard":
             try:
-                lane_dim(key, shape, layout_of(run, name))
+                lane_dim(key, shape, layout)
             except LayoutError as error:
                 faults.append(f"modules.{name}: {error}")
     return faults
 
 
-def layout_of(run: RunConfig, name: str) -> Layout:
-    """The layout of one module of a run."""
-    module = run.modules[name]
-    return Layout(**{axis: getattr(module, axis) for axis in ("pp", "dp", "cp", "tp", "ep", "etp", "replicas")})
-
-
 def _not_distinct(run: RunConfig, name: str) -> list[str]:
-    """Experts take it that every rank of a stage holds tokens of its own; this is the one place that says where that is not so."""
+    """Experts take it that every rank of a stage holds tokens of its own; the one place that says where that is not so."""
     tp = run.modules[name].tp
     if tp == 1:
         return []

@@ -1,9 +1,9 @@
 """How evenly do routers use their experts? The load-balancing loss, and what it needs of a forward.
 
 Of a group of tokens (one lane's microbatch, or all lanes of a microbatch; padding left out) the loss is the mean over layers of
-`experts · Σ_e f_e · P_e`: f_e is the share of the group's (token, slot) pairs that went to expert e, P_e the mean probability that
-the router gave it. It is 1 where the load is even. A group counts with its number of target tokens, so that a step's loss is
-(Σ token losses + coefficient · Σ_groups targets · loss of the group) / target tokens of the step.
+`experts · Σ_e f_e · P_e`: f_e is the share of the group's (token, slot) pairs that went to expert e, P_e the mean probability
+that the router gave it. It is 1 where the load is even. A group counts with its number of target tokens, so that a step's loss
+is (Σ token losses + coefficient · Σ_groups targets · loss of the group) / target tokens of the step.
 (transformers' own pools all layers and counts every slot by itself: `num_experts_per_tok` times as much where the load is even.)
 """
 
@@ -110,9 +110,9 @@ def balance(
         sums = torch.cat([load.flatten(), kept.sum().view(1), kept.new_tensor([targets])])
         for group in groups:
             dist.all_reduce(sums, group=group)
-        counts, (tokens, every_target) = sums[:-2].view_as(load), sums[-2:].tolist()
-        tokens = max(1.0, tokens)
-        factors = counts * (every_target * routing.experts / (tokens * routing.chosen) / tokens / routing.layers)
+        tokens, every_target = sums[-2].clamp(min=1), sums[-1]
+        shares = sums[:-2].view_as(load) / (tokens * routing.chosen)
+        factors = shares * every_target * routing.experts / tokens / routing.layers
     # P is a mean over all tokens of the group; of its sum this rank has its own.
     sums_here = torch.einsum("lte,t->le", probabilities, real.to(probabilities.dtype))
     return Balance((sums_here * factors.to(sums_here.dtype)).sum(), load)

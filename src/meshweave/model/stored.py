@@ -65,6 +65,11 @@ class Turned:
 
 Converted = OneByOne | Turned
 
+_MERGED = (MergeModulelist, {"dim": 0})
+_ONE_BY_ONE = ([_MERGED], [_MERGED, (Concatenate, {"dim": 1, "num_shards_attribute": None})])
+_TURNED = [(Transpose, {"dim0": 1, "dim1": 2, "check_dims": True})]
+"""What transformers does to the two forms above: classes of its steps, and their options."""
+
 
 def converted(converters: Sequence[WeightConverter], found: Mapping[str, list[tuple[str, Place]]]) -> dict[str, Converted]:
     """Parameter name to how it is read, for those that a checkpoint stores in another form.
@@ -80,15 +85,8 @@ def converted(converters: Sequence[WeightConverter], found: Mapping[str, list[tu
     made: dict[str, Converted] = {}
     for name, parts in found.items():
         (_, (file, key)), converter = parts[0], by_pattern[parts[0][0]]
-        kinds = tuple(type(operation) for operation in converter.operations)
-        dims = tuple(
-            (getattr(step, "dim", None), getattr(step, "dim0", None), getattr(step, "dim1", None))
-            for step in converter.operations
-        )
-        if kinds in ((MergeModulelist,), (MergeModulelist, Concatenate)) and dims in (
-            ((0, None, None),),
-            ((0, None, None), (1, None, None)),
-        ):
+        steps = [(type(operation), vars(operation)) for operation in converter.operations]
+        if steps in _ONE_BY_ONE:
             pieces: list[dict[int, Place]] = [{} for _ in converter.source_patterns]
             for pattern, place in parts:
                 number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), place[1])
@@ -96,12 +94,12 @@ def converted(converters: Sequence[WeightConverter], found: Mapping[str, list[tu
                     raise CheckpointError(f"{file}: {place[1]} names no expert, though it is one of {name}")
                 pieces[converter.source_patterns.index(pattern)][int(number[1])] = place
             made[name] = OneByOne(tuple(pieces))
-        elif kinds == (Transpose,) and dims == ((None, 1, 2),) and converter.operations[0].check_dims:
+        elif steps == _TURNED:
             made[name] = Turned((file, key))
         else:
+            names = ", ".join(kind.__name__ for kind, _ in steps)
             raise CheckpointError(
-                f"{file}: {key} needs a conversion that is not built yet ({', '.join(kind.__name__ for kind in kinds)}); save the "
-                "model with transformers, in its own form"
+                f"{file}: {key} needs a conversion that is not built yet ({names}); save the model anew in its own form"
             )
     return made
 

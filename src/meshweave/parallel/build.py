@@ -105,6 +105,7 @@ def build_model(
                     continue
                 partial += [f"{child}.{key}" for key in tensor_parallel(graph.model.get_submodule(child), tp, plan)]
         layers = expert_layers(graph, name) if placement.layout.ep * placement.layout.etp > 1 else {}
+        edp = axis_mesh((expert_meshes or {})[name], "edp") if layers else None
         dims = _expert_dims(layers, placement.layout, run.modules[name].data_parallel)
         for layer in layers.values():
             expert_parallel(layer, (expert_meshes or {})[name])
@@ -117,13 +118,11 @@ def build_model(
         if name != LANGUAGE and placement.layout.cp > 1:
             _share_patches(graph, name, context[name])
         for number, stage in stages.items():
-            if dp.size() > 1 or compute is not None:
+            if dp.size() > 1 or compute is not None or (edp is not None and edp.size() > 1):
                 its = [blocks[index] for index in cut[number]]
                 experts = None
-                if layers:
+                if edp is not None:
                     inside = {id(part) for part in stage.modules()}
-                    edp = axis_mesh((expert_meshes or {})[name], "edp")
-                    assert edp is not None
                     experts = ExpertLayers([layer for layer in layers.values() if id(layer) in inside], edp, dims)
                 data_parallel(stage, its, dp, run.modules[name].data_parallel, compute, experts)
             materialise(stage, device)

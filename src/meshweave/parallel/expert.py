@@ -40,8 +40,9 @@ def expert_parallel(experts: nn.Module, mesh: DeviceMesh) -> None:
     if etp is not None:
         run = _Sliced(run, etp)
     if ep is not None:
-        experts.num_experts //= ep.size()  # type: ignore[operator]
-        run = _Exchanged(run, experts.num_experts, ep)  # type: ignore[arg-type]
+        here = int(experts.num_experts) // ep.size()  # type: ignore[arg-type]
+        experts.num_experts = here  # type: ignore[assignment]
+        run = _Exchanged(run, here, ep)
 
     def forward(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         with _use_local_dtensor_params(experts):
@@ -65,7 +66,7 @@ class _Exchanged(AllToAllEP):
     """transformers' exchange over `ep`, where no two ranks hold the same tokens."""
 
     def __init__(self, experts_forward: Forward, experts: int, mesh: DeviceMesh) -> None:
-        self.experts_forward, self.num_local_experts = experts_forward, experts
+        self.experts_forward, self.num_local_experts = experts_forward, experts  # type: ignore[assignment]
         self.ep_mesh, self.tp_mesh = mesh, _Alone()  # type: ignore[assignment]
 
 

@@ -51,7 +51,7 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 def counts_here(parameter: nn.Parameter, placement: Placement, rank: int) -> bool:
     """Whether this rank's part of the parameter counts in sums over all ranks: one copy of every shard does."""
     sharded: set[str] = set()
-    axes = AXES
+    axes: tuple[str, ...] = AXES
     if isinstance(parameter, DTensor):
         names = parameter.device_mesh.mesh_dim_names or ()
         if set(names) & set(EXPERT_AXES[1:]):

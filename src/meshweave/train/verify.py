@@ -143,7 +143,7 @@ def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     ]
     for part in (config, *modules):
         for key, value in part.to_dict().items():
-            if key.endswith(("dropout", "_pdrop")) and value:
+            if key.endswith(("dropout", "_pdrop", "jitter_noise")) and value:
                 setattr(part, key, 0.0)
     return config
 

@@ -198,6 +198,7 @@ class StepWorker:
             assert coordinate is not None
             if not (module.loss_is_shared and coordinate["tp"]):
                 self.sums[0] += loss.detach()
+        assert isinstance(module, LanguageStage)
         outputs += self._balance(module, batch)
         if torch.is_grad_enabled():
             self._done[LANGUAGE, stage, number] = _Done(inputs, outputs, media, split)

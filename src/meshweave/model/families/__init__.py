@@ -20,7 +20,7 @@ PATCHES: dict[str, PatchPlan] = qwen2_5_vl.PATCHES | qwen3_vl.PATCHES
 LANGUAGE_CUT = CutPlan(blocks="layers", before=("embed_tokens",))
 """transformers' text models are built alike."""
 
-PROVEN = frozenset({"llava", "qwen2_5_vl", "qwen3_vl"})
+PROVEN = frozenset({"llava", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"})
 """`model_type`s that the tests verify; others take the generic path."""
 
 HEAD_PLAN = TensorPlan(rules={"": GATHERED_HEAD})
