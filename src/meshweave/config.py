@@ -178,6 +178,12 @@ class TrainConfig(_Strict):
     """Samples of one step, over all lanes and microbatches."""
     microbatches: PositiveInt = 1
     """Parts a step is worked in, one after the other; their gradients are added up."""
+    pack: bool = False
+    """Lay the samples of a lane's microbatch one behind the other in one sequence, each attending within itself, instead of in
+    rows padded to the longest."""
+    max_tokens: PositiveInt | None = None
+    """`pack`: tokens that a lane's sequence of one microbatch may hold. A step that does not fit is refused; a sample that alone
+    is longer counts as unreadable (`data.on_error`). Left out, sequences are as long as they come, but even."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -196,6 +202,14 @@ class TrainConfig(_Strict):
     def _warm_up_ends(self) -> "TrainConfig":
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is more than steps={self.steps}; the peak would never be reached")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_is_of_packed_sequences(self) -> "TrainConfig":
+        if self.max_tokens is not None and not self.pack:
+            raise ValueError(
+                f"max_tokens={self.max_tokens}: only packed sequences have a token budget; set pack: true, or take it out"
+            )
         return self
 
 

@@ -1,5 +1,6 @@
 """Which dataset does a run file name, and how does this rank load it?"""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,9 @@ from meshweave.data.sources.llava_json import LlavaJson
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import ConfigError
 from meshweave.layout import Placement
+from meshweave.model.flops import ModuleFlops
 from meshweave.schedule.schedule import Schedule
+from meshweave.slots import Packing
 from meshweave.train.world import World
 
 
@@ -68,8 +71,50 @@ def _processor(run: RunConfig) -> Any:
         raise ConfigError(f"model: {str(run.model)!r} has no processor that transformers can load ({error})") from error
 
 
-def build_loader(run: RunConfig, dataset: Dataset, world: World, schedule: Schedule, *, training: bool = True) -> Loader:
-    """Loader of this rank's part of every step; without `training`, one ordered pass over everything."""
+def packing_of(run: RunConfig, flops: ModuleFlops | None = None) -> Packing:
+    """How samples share a slot; a sequence costs what `flops`, of the language model, says, or else its tokens."""
+    train = run.train
+    if flops is None:
+        return Packing(train.pack, train.max_tokens)
+    return Packing(train.pack, train.max_tokens, per_token=flops.per_token, per_pair=flops.per_pair)
+
+
+def build_planner(
+    run: RunConfig,
+    dataset: Dataset,
+    placements: Mapping[str, Placement],
+    schedule: Schedule,
+    flops: ModuleFlops | None = None,
+) -> Loader:
+    """A loader that plans the run's steps (`Loader.plan`) in this process alone, as the ranks of the run will."""
+    return Loader(
+        dataset,
+        batch_size=run.train.batch_size,
+        microbatches=run.train.microbatches,
+        language_lanes=placements[LANGUAGE].layout.dp,
+        language_lane=None,
+        encoders={
+            name: EncoderRole(placements[name].layout.dp, passes=encoder_passes(name, placements[name], schedule))
+            for name in run.encoders
+        },
+        packing=packing_of(run, flops),
+        seed=run.seed,
+        on_error=run.data.on_error if run.data else "stop",
+    )
+
+
+def build_loader(
+    run: RunConfig,
+    dataset: Dataset,
+    world: World,
+    schedule: Schedule,
+    *,
+    training: bool = True,
+    flops: ModuleFlops | None = None,
+) -> Loader:
+    """Loader of this rank's part of every step; without `training`, one ordered pass over everything.
+
+    Sequences are balanced by `flops` of the language model where these are given, else by their tokens."""
     language = world.placements[LANGUAGE]
     return Loader(
         dataset,
@@ -78,6 +123,7 @@ def build_loader(run: RunConfig, dataset: Dataset, world: World, schedule: Sched
         language_lanes=language.layout.dp,
         language_lane=language.lane(world.rank),
         encoders={name: _role(name, world.placements[name], schedule, world.rank) for name in run.encoders},
+        packing=packing_of(run, flops),
         crossing=partial(_crossing, world),
         rank=world.rank,
         world=world.size,
