@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[Any]
+Runs = list[tuple[int, int]]
+"""[begin, end) of neighbouring items, ascending."""
 
 # Sums are taken in a fixed order and never by a vectorised reduction: every machine must round, and so decide, alike.
 
@@ -118,6 +120,28 @@ def spread(costs: Sequence[float], groups: int, sizes: Sequence[int] | None = No
     return [sorted(group) for group in members]
 
 
+def fill_level(
+    costs: Sequence[float], groups: int, level: float, leave: int, sizes: Sequence[int], capacity: int
+) -> list[list[int]]:
+    """Item numbers of each group, filled up to `level` and not beyond: the most expensive first, each onto the lightest group if
+    that can take it. `leave` items, at least, are left over; so is what finds no room."""
+    members: list[list[int]] = [[] for _ in range(groups)]
+    room = [capacity] * groups
+    heap = [(0.0, group) for group in range(groups)]
+    left = len(costs)
+    for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
+        load, group = heap[0]
+        if left == leave:
+            break
+        if load + costs[item] > level * (1 + 1e-9) or sizes[item] > room[group]:
+            continue
+        members[group].append(item)
+        left -= 1
+        room[group] -= sizes[item]
+        heapq.heapreplace(heap, (load + costs[item], group))
+    return members
+
+
 def best_fit(sizes: Sequence[int], groups: int, capacity: int) -> list[list[int]] | None:
     """Item numbers of each group, ascending: the largest first, each where the least room is left; then one item at least
     in every group. None where that finds no room (it needs at most 11/9 of the groups that the best packing does, and 6/9 of
@@ -144,16 +168,18 @@ def best_fit(sizes: Sequence[int], groups: int, capacity: int) -> list[list[int]
     return [sorted(group) for group in members]
 
 
-def cut(costs: Sequence[float], parts: int) -> list[tuple[int, int]]:
-    """Cuts a list of descending costs into `parts` runs [begin, end) whose length × first cost is at most little more than it
-    must be; fewer runs where there are fewer items.
+def cut(costs: Sequence[float], parts: int) -> tuple[Runs, Runs]:
+    """Cuts a list of descending costs into `parts` runs whose length × first cost is at most little more than it must be; fewer
+    runs where there are fewer items.
 
-    Rows of a batch are padded to the longest, so this is the cost of a run. Neighbours are best: in the
-    run of the longest row, any other row can give way to the next longest without cost.
+    Rows of a batch are padded to the longest, so this is the cost of a run. Neighbours are best: in the run of the longest row,
+    any other row can give way to the next longest without cost.
+    Where fewer runs would do, because the first item alone costs that much, there are two ways to make more of them: the costliest
+    are halved, or all are left as they are and the last items become runs by themselves.
     """
     parts = min(parts, len(costs))
     if not parts:
-        return []
+        return [], []
     least = max(costs[0], fsum(costs) / parts)
     enough = costs[0] * -(-len(costs) // parts)
     while enough > least * 1.001:
@@ -164,6 +190,10 @@ def cut(costs: Sequence[float], parts: int) -> list[tuple[int, int]]:
             enough = middle
     runs = _runs(costs, enough, parts)
     assert runs is not None, "runs of equal length cost no more than the first bound"
+    return _halved(costs, runs, parts), _with_singles(runs, len(costs), parts)
+
+
+def _halved(costs: Sequence[float], runs: Runs, parts: int) -> Runs:
     heap = [((begin - end) * costs[begin], begin, end) for begin, end in runs if end - begin > 1]
     heapq.heapify(heap)
     kept = [run for run in runs if run[1] - run[0] == 1]
@@ -177,9 +207,17 @@ def cut(costs: Sequence[float], parts: int) -> list[tuple[int, int]]:
     return sorted(kept + [(begin, end) for _, begin, end in heap])
 
 
-def _runs(costs: Sequence[float], bound: float, parts: int) -> list[tuple[int, int]] | None:
+def _with_singles(runs: Runs, count: int, parts: int) -> Runs:
+    begins = [begin for begin, _ in runs]
+    last = count
+    while bisect_left(begins, last) + count - last < parts:
+        last -= 1
+    return [(begin, min(end, last)) for begin, end in runs if begin < last] + [(n, n + 1) for n in range(last, count)]
+
+
+def _runs(costs: Sequence[float], bound: float, parts: int) -> Runs | None:
     """The longest runs whose length × first cost is within the bound; None if they are more than `parts`."""
-    runs: list[tuple[int, int]] = []
+    runs: Runs = []
     begin, bound = 0, bound * (1 + 1e-12)
     while begin < len(costs):
         if len(runs) == parts:

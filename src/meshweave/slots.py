@@ -7,7 +7,7 @@ from math import fsum
 import numpy as np
 
 from meshweave.errors import DataError, LayoutError
-from meshweave.even import Numbers, Work, best_fit, cut, share, spread
+from meshweave.even import Numbers, Work, best_fit, cut, fill_level, share, spread
 
 Slots = list[list[list[int]]]
 """Microbatch → lane → sample numbers, ascending."""
@@ -104,6 +104,11 @@ class _Step:
         """Slots."""
         return self.microbatches * self.lanes
 
+    @property
+    def lopsided(self) -> bool:
+        """Whether a sample is heavier than an even slot."""
+        return max(self.costs, default=0.0) * self.count > fsum(self.costs)
+
     def load(self, slot: Sequence[int]) -> float:
         costs = [self.costs[s] for s in slot]
         return fsum(costs) if self.packing.packed else len(costs) * max(costs, default=0.0)
@@ -120,7 +125,8 @@ class _Step:
 
 
 def _packed(step: _Step) -> Slots:
-    candidates = [found for found in (_packed_by_microbatch(step), _packed_by_slot(step)) if found is not None]
+    ways = (_packed_by_microbatch, _packed_by_slot, _packed_by_level)
+    candidates = [found for way in ways if (found := way(step)) is not None]
     if candidates:
         return min(candidates, key=step.unevenness) if len(candidates) > 1 else candidates[0]
     total, count, budget = sum(step.tokens), step.count, step.packing.budget or 0
@@ -151,7 +157,7 @@ def _packed_by_slot(step: _Step) -> Slots | None:
     """To slots, then slots to microbatches: for steps of few heavy samples, and for tight budgets. None without need or room."""
     budget, every = step.packing.budget, range(len(step.tokens))
     crowded = budget is not None and sum(step.tokens) > _CROWDED * step.count * budget
-    if not crowded and max(step.costs, default=0.0) * step.count <= fsum(step.costs):
+    if not crowded and not step.lopsided:
         return None
     flat = spread(step.costs, step.count, step.sizes(every), budget)
     if flat is None and budget is not None:
@@ -160,20 +166,42 @@ def _packed_by_slot(step: _Step) -> Slots | None:
     return None if flat is None else _grouped(step, flat, step.microbatches)
 
 
+def _packed_by_level(step: _Step) -> Slots | None:
+    """As long as a sample is heavier than an even slot, a microbatch is filled in all lanes up to where that one reaches; the
+    rest is even. Nobody waits for heavy samples then, but encoder passes are uneven. No slot gets more tokens by that than the
+    longest sample or an even slot has. None without need or room."""
+    if not step.lopsided:
+        return None
+    budget, rest = step.packing.budget, list(range(len(step.tokens)))
+    slots: Slots = []
+    while len(slots) < step.microbatches:
+        left = step.microbatches - len(slots)
+        costs = [step.costs[s] for s in rest]
+        even, heaviest = fsum(costs) / (left * step.lanes), max(costs, default=0.0)
+        if left == 1 or heaviest <= even:
+            flat = spread(costs, left * step.lanes, step.sizes(rest), budget)
+            return None if flat is None else slots + _grouped(step, [[rest[n] for n in slot] for slot in flat], left)
+        lengths = [step.tokens[s] for s in rest]
+        room = budget or max(max(step.tokens), -(-sum(step.tokens) // step.count))
+        leave = max(0, min((left - 1) * step.lanes, len(rest) - step.lanes))
+        found = fill_level(costs, step.lanes, heaviest, leave, lengths, room)
+        slots.append([[rest[n] for n in slot] for slot in found])
+        taken = {n for slot in found for n in slot}
+        rest = [s for n, s in enumerate(rest) if n not in taken]
+    return slots
+
+
 def _padded(step: _Step) -> Slots:
     ordered = sorted(range(len(step.costs)), key=lambda s: -step.costs[s])
-    runs = [ordered[begin:end] for begin, end in cut([step.costs[s] for s in ordered], step.count)]
-    bound = _unbound(step).unevenness(_clustered(runs, step))
-    best: tuple[float, Slots] | None = None
+    halved, singles = cut([step.costs[s] for s in ordered], step.count)
+    over_all = [[ordered[begin:end] for begin, end in runs] for runs in ([halved] if halved == singles else [halved, singles])]
+    bound = min(_unbound(step).unevenness(_clustered(runs, step)) for runs in over_all)
+    candidates = [_grouped(step, runs, step.microbatches) for runs in over_all[1:]]
     for size in (size for size in range(1, step.microbatches + 1) if step.microbatches % size == 0):
-        slots = _padded_in_groups(step, size)
-        score = step.unevenness(slots)
-        if best is None or score < best[0]:
-            best = score, slots
-        if score <= _CLOSE * bound:
+        candidates.append(_padded_in_groups(step, size))
+        if step.unevenness(candidates[-1]) <= _CLOSE * bound:
             break
-    assert best is not None
-    return best[1]
+    return min(candidates, key=step.unevenness)
 
 
 def _padded_in_groups(step: _Step, size: int) -> Slots:
@@ -184,7 +212,7 @@ def _padded_in_groups(step: _Step, size: int) -> Slots:
     slots: Slots = []
     for part in parts:
         ordered = sorted(part, key=lambda s: -step.costs[s])
-        runs = cut([step.costs[s] for s in ordered], size * step.lanes)
+        runs, _ = cut([step.costs[s] for s in ordered], size * step.lanes)
         slots += _grouped(step, [ordered[begin:end] for begin, end in runs], size)
     return slots
 

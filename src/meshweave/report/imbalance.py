@@ -1,7 +1,7 @@
 """How even is the work of a planned step, and what does it cost that it is not? Pure numbers of a plan."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import fsum
 
 from meshweave.batch import MediaMeta, MicrobatchPlan, StepPlan
@@ -29,7 +29,7 @@ class Imbalance:
     fullest: int
     """Positions of the fullest slot."""
     encoder_lanes: Mapping[str, Uneven]
-    """Lanes of an encoder: what its heaviest lanes take, pass after pass, over what even lanes would."""
+    """Lanes of an encoder: what its heaviest lanes take, pass after pass, over what even lanes would, and could at least."""
     encoder_passes: Mapping[str, Uneven]
     """Passes of an encoder, all lanes together, by microbatch that they serve."""
     slots: Uneven
@@ -61,7 +61,7 @@ def imbalance(plan: StepPlan, packing: Packing) -> Imbalance:
         encoder_lanes={name: _lanes_of_passes(plan, name) for name in plan.per_pass},
         encoder_passes={name: _passes(plan, name) for name in plan.per_pass},
         slots=_uneven(flat, heaviest_sample),
-        microbatch_lanes=_one_after_the_other(loads, [max(map(packing.cost, _flat(part)), default=0.0) for part in lengths]),
+        microbatch_lanes=_microbatch_lanes(loads, heaviest_sample),
         language_lanes=_uneven([fsum(lane) for lane in zip(*loads, strict=True)], heaviest_sample),
         microbatches=_uneven([fsum(part) for part in loads], heaviest_sample),
     )
@@ -114,9 +114,16 @@ def _own_cost(meta: MediaMeta) -> float:
 
 
 def _lanes_of_passes(plan: StepPlan, name: str) -> Uneven:
+    lanes = len(plan.microbatches[0].encoder_lanes[name])
     passes = plan.passes(name)
-    heaviest_items = [max((item.meta.cost for part in served for item in part.items[name]), default=0.0) for served in passes]
-    return _one_after_the_other([_lane_loads(served, name, _own_cost) for served in passes], heaviest_items)
+    least = [_least_heaviest([item.meta.cost for part in served for item in part.items[name]], lanes) for served in passes]
+    return _one_after_the_other([_lane_loads(served, name, _own_cost) for served in passes], least)
+
+
+def _least_heaviest(costs: Sequence[float], lanes: int) -> float:
+    """What the heaviest lane carries at least: of the k · lanes + 1 most expensive items, k + 1 share a lane."""
+    ordered = sorted(costs, reverse=True)
+    return max((fsum(ordered[k * lanes - k : k * lanes + 1]) for k in range(-(-len(ordered) // lanes))), default=0.0)
 
 
 def _passes(plan: StepPlan, name: str) -> Uneven:
@@ -127,18 +134,20 @@ def _passes(plan: StepPlan, name: str) -> Uneven:
     return Uneven(max(loads) * len(plan.microbatches) / total if total else 1.0)
 
 
-def _one_after_the_other(rounds: Sequence[Sequence[float]], heaviest: Sequence[float]) -> Uneven:
-    """Several rounds, each as long as its heaviest lane; `heaviest` is the undivided item of each."""
+def _one_after_the_other(rounds: Sequence[Sequence[float]], least: Sequence[float]) -> Uneven:
+    """Several rounds, each as long as its heaviest lane, that is as `least` says at least."""
     even = [fsum(loads) / len(loads) for loads in rounds]
     if not fsum(even):
         return Uneven(1.0)
-    return Uneven(fsum(max(loads) for loads in rounds) / fsum(even), fsum(map(max, even, heaviest)) / fsum(even))
+    return Uneven(fsum(max(loads) for loads in rounds) / fsum(even), fsum(map(max, even, least)) / fsum(even))
+
+
+def _microbatch_lanes(loads: Sequence[Sequence[float]], heaviest: float) -> Uneven:
+    """Another plan may move samples between microbatches: only the whole step bounds it."""
+    even = fsum(fsum(part) for part in loads) / len(loads[0])
+    return replace(_one_after_the_other(loads, [0.0] * len(loads)), at_least=max(1.0, heaviest / even if even else 0.0))
 
 
 def _uneven(loads: Sequence[float], heaviest: float) -> Uneven:
     mean = fsum(loads) / len(loads)
     return Uneven(max(loads) / mean, max(1.0, heaviest / mean)) if mean else Uneven(1.0)
-
-
-def _flat(slots: Sequence[Sequence[int]]) -> list[int]:
-    return [length for slot in slots for length in slot]

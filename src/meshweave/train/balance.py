@@ -16,7 +16,7 @@ from meshweave.model.modules import graph_of
 from meshweave.report.balance import BalanceReport, Spread, Variant
 from meshweave.report.imbalance import imbalance, slowest_rank
 from meshweave.slots import Packing
-from meshweave.train.data import build_planner, dataset_of, packing_of
+from meshweave.train.data import build_planner, dataset_of, encoder_passes, packing_of
 from meshweave.train.schedules import run_schedule
 
 
@@ -37,7 +37,7 @@ def balance_run(run: RunConfig, steps: int) -> BalanceReport:
     loader = build_planner(run, dataset, where, schedule, flops[LANGUAGE])
     taken, skipped = _samples(loader, steps)
     # Lanes get even shares here, also where the schedule means to give some less.
-    passes = {name: EncoderPasses(schedule.work.modules[name].per_pass) for name in run.encoders}
+    passes = {name: replace(encoder_passes(name, where[name], schedule), shares=None) for name in run.encoders}
     samples = [sample for step in taken for sample in step]
     counts = {name: [sum(media.module == name for media in sample.media) for sample in samples] for name in run.encoders}
     return BalanceReport(

@@ -23,6 +23,9 @@ from meshweave.schedule.schedule import Schedule
 from meshweave.slots import Packing
 from meshweave.train.world import World
 
+_IN_TURN = 0.1
+"""Weight of even passes where uneven ones cost memory but no time."""
+
 
 def build_datasets(run: RunConfig, config: PreTrainedConfig) -> tuple[Dataset, Dataset | None]:
     """Training data and, where the run file names any, held-out data.
@@ -150,7 +153,11 @@ def encoder_passes(encoder: str, placement: Placement, schedule: Schedule) -> En
     of_lanes = None
     if shares is not None:
         of_lanes = tuple(tuple(part[program] for program in programs if program is not None) for part in shares)
-    return EncoderPasses(schedule.work.modules[encoder].per_pass, of_lanes)
+    # On the language model's ranks and without a pipeline, passes follow one another: what counts is their sum, not the heaviest,
+    # which only holds more activations.
+    colocated = all(LANGUAGE in program.stages for program in schedule.work.programs if encoder in program.stages)
+    in_turn = colocated and schedule.work.modules[LANGUAGE].stages == 1
+    return EncoderPasses(schedule.work.modules[encoder].per_pass, of_lanes, weight=_IN_TURN if in_turn else 1.0)
 
 
 def _role(encoder: str, placement: Placement, schedule: Schedule, rank: int) -> EncoderRole:
