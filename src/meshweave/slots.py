@@ -14,6 +14,8 @@ Slots = list[list[list[int]]]
 
 _CLOSE = 1.04
 """A plan this close to the bound is taken without looking for a better one."""
+_MANY = 256
+"""Slots that share their samples out among themselves: more of them make rows no more alike."""
 _CROWDED = 0.9
 """Share of the token budget from which on room is looked for slot by slot."""
 
@@ -199,7 +201,7 @@ def _padded(step: _Step) -> Slots:
     candidates = [_grouped(step, runs, step.microbatches) for runs in over_all[1:]]
     for size in (size for size in range(1, step.microbatches + 1) if step.microbatches % size == 0):
         candidates.append(_padded_in_groups(step, size))
-        if step.unevenness(candidates[-1]) <= _CLOSE * bound:
+        if size * step.lanes >= _MANY or step.unevenness(candidates[-1]) <= _CLOSE * bound:
             break
     return min(candidates, key=step.unevenness)
 
