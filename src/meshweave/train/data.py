@@ -126,7 +126,8 @@ def build_loader(
         language_lanes=language.layout.dp,
         language_lane=language.lane(world.rank),
         encoders={name: _role(name, world.placements[name], schedule, world.rank) for name in run.encoders},
-        packing=packing_of(run, flops),
+        # Without gradients there is room, and a step that does not fit must not end a run that is done.
+        packing=packing_of(run, flops) if training else Packing(run.train.pack),
         crossing=partial(_crossing, world),
         rank=world.rank,
         world=world.size,
