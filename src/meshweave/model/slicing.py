@@ -20,9 +20,9 @@ def sequence_rule(run: RunConfig, config: PreTrainedConfig) -> SequenceRule:
         LayoutError: they are packed or cut, and the model has a layer that cannot work on that.
     """
     language = run.modules[LANGUAGE]
-    tp = language.tp if language.sequence_parallel is not False else 1
-    if not (run.train.pack or tp > 1 or language.cp > 1):
+    if not run.packed:
         return UNCUT
+    tp = language.tp if language.sequence_parallel else 1
     masks = masks_of(config.get_text_config())
     two_way = VISION if any(mask.two_way for mask in masks) else None
     return SequenceRule(True, language.cp, tp, masks, two_way)

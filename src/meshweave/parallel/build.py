@@ -171,7 +171,7 @@ def _lane_part(rule: SequenceRule, placement: Placement, mesh: DeviceMesh, group
     coordinate = placement.coordinate(rank)
     if coordinate is None:
         return LanePart(rule)
-    u = min(groups.ulysses | groups.ring) if groups is not None else 1
+    u = min({**groups.ulysses, **groups.ring}) if groups is not None else 1
     found = [group[u] for group in (groups.ulysses, groups.ring) if u in group] if groups is not None else []
     tp = axis_mesh(mesh, "tp")
     own = coordinate["tp"] if rule.tp > 1 else 0

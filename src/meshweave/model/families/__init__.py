@@ -93,6 +93,6 @@ def patch_plan(graph: ModelGraph, name: str) -> tuple[str, PatchPlan]:
         if kind in PATCHES:
             return child, PATCHES[kind]
     raise LayoutError(
-        f"modules.{name}: its model does not take the patches of all items as one sequence, so cp cannot share them out; set its cp "
-        "to 1 (dp deals out images and tiles)"
+        f"modules.{name}: its model does not take the patches of all items as one sequence, so cp cannot share them out; set "
+        "its cp to 1 (dp deals out images and tiles)"
     )

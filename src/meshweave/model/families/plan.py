@@ -47,8 +47,11 @@ class CutPlan:
 
 @dataclass(frozen=True)
 class PatchPlan:
-    """How the patches of one encoder are shared out over `cp`: an encoder whose blocks take `[patches of all items, width]` and the
-    angles of their position embeddings, and hand further arguments on to attention. Names are relative to it."""
+    """How the patches of one encoder are shared out over `cp`. Names are relative to it.
+
+    Its blocks take `[patches of all items, width]` and the angles of their position embeddings, and hand further arguments on to
+    attention.
+    """
 
     blocks: str
     """The list of blocks."""

@@ -127,7 +127,7 @@ def _swap(x: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.P
 
 
 class _Gather(torch.autograd.Function):
-    """`[own tokens, …]` of every rank, one after another; each rank then has the gradient of all of it, so its own part is there."""
+    """`[own tokens, …]` of every rank, one after another; each rank then has the gradient of all of it, its own part too."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, shares: Shares, unit: int) -> Tensor:
