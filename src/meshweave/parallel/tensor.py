@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from transformers.distributed.tensor_parallel import (
@@ -67,14 +67,30 @@ class _GatheredSequence(TensorParallelLayer):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mesh: DeviceMesh
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]
-        whole = DTensor.from_local(hidden, mesh, [Shard(1)], run_check=False).redistribute(placements=[Replicate()])
+        whole = _gathered(hidden, mesh)
         return ((whole, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": whole})
+
+
+class _GatheredColwise(ColwiseParallel):
+    """A column-wise layer whose input is cut along the sequence. (`input_layouts` would not do: without gradients, transformers
+    takes any input for a whole one.)"""
+
+    def transform_inputs_pre_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mesh: DeviceMesh
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        whole = (_gathered(args[0], mesh), *args[1:])
+        found: tuple[tuple[Any, ...], dict[str, Any]] = super().transform_inputs_pre_forward(module, whole, kwargs, mesh)
+        return found
+
+
+def _gathered(hidden: Tensor, mesh: DeviceMesh) -> DTensor:
+    return DTensor.from_local(hidden, mesh, [Shard(1)], run_check=False).redistribute(placements=[Replicate()])
 
 
 ALL_PARALLEL_STYLES.register(PACKED_QKV, _PackedQKV())  # type: ignore[arg-type]
 ALL_PARALLEL_STYLES.register(_GATHERED, _GatheredSequence())  # type: ignore[arg-type]
 ALL_PARALLEL_STYLES.register(_SCATTERED, RowwiseParallel(output_layouts=Shard(1)))  # type: ignore[arg-type]
-ALL_PARALLEL_STYLES.register(_GATHERED_COLWISE, ColwiseParallel(input_layouts=Shard(1)))  # type: ignore[arg-type]
+ALL_PARALLEL_STYLES.register(_GATHERED_COLWISE, _GatheredColwise())  # type: ignore[arg-type]
 
 
 def tensor_parallel(module: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> list[str]:

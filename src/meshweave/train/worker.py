@@ -317,8 +317,10 @@ class StepWorker:
 
 
 def _token_groups(part: LanePart, mesh: DeviceMesh, scope: Literal["lane", "microbatch"]) -> list[dist.ProcessGroup]:
-    """Groups over which the tokens of one lane's microbatch, or of a whole microbatch, lie in one stage of the language model: sums
-    over one after the other are sums over all of them."""
+    """Groups over which the tokens of one lane's microbatch, or of a whole microbatch, lie in one stage of the language model.
+
+    Sums over one after the other are sums over all of them.
+    """
     lanes = axis_mesh(mesh, "dp")  # with `cp`
     assert lanes is not None
     across = part.cp_groups if scope == "lane" else [lanes.get_group()]

@@ -1,12 +1,14 @@
 """Where does this process stand? Joins a world that a launcher made, or spawns a local one, and ends it cleanly."""
 
+import gc
 import logging
 import os
 import pickle
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -102,7 +104,8 @@ def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result
         # A forked child has torch imported already; CUDA does not survive a fork.
         method = "spawn" if gpus else "fork"
         try:
-            mp.start_processes(_local_rank, (run, work, folder), nprocs=run.world_size, start_method=method)
+            with _no_garbage():
+                mp.start_processes(_local_rank, (run, work, folder), nprocs=run.world_size, start_method=method)
         except mp.ProcessExitedException as error:
             raise _ended(error) from error
         except mp.ProcessRaisedException as error:
@@ -111,6 +114,18 @@ def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result
                 raise
             raise failure from error
         return pickle.loads((Path(folder) / "result").read_bytes())
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Processes that are forked inside it do not collect this one's garbage: a process group of an earlier run among it would wait
+    for its threads, which a fork does not copy."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _local_rank(rank: int, run: RunConfig, work: Callable[[World, RunConfig], Any], folder: str) -> None:
