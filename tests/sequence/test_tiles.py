@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.lanes import MASKS, packed, sequences
 
-from meshweave.sequence import Kind, LaneSequence, Mask, Part, Sight, cut_sequence, ring_part, sight
+from meshweave.sequence import Document, Kind, LaneSequence, Mask, Part, Sight, cut_sequence, ring_part, sight
 from meshweave.sequence import tiles as tiles_module
 from meshweave.sequence.tiles import rows_of
 
@@ -127,3 +127,18 @@ def test_a_window_fetches_no_more_than_itself() -> None:
     sequence = packed(65536, [65536])
     part = ring_part(sight(sequence, Mask(100)), list(cut_sequence(sequence, 4, [Mask(100)])), 2)
     assert [visit.rows for visit in part.visits] == [0, 99, 16384, 0]
+
+
+def test_the_end_of_a_long_document_shares_no_masked_tile_with_short_ones() -> None:
+    sequence = packed(20400, [20050, *[50] * 7])
+    held = [np.array([[0, 20000]]), np.array([[20000, 20400]])]
+    there, here = ring_part(sight(sequence, Mask()), held, 1).visits
+    assert [(tile.query, tile.keys, tile.kind) for tile in there.tiles] == [((0, 50), (0, 20000), Kind.FULL)]
+    assert sum(tile.query[1] - tile.query[0] for tile in here.tiles) == 400
+
+
+def test_a_span_that_goes_on_elsewhere_shares_no_tile_with_text_around_it() -> None:
+    sequence = LaneSequence(1000, (Document(0, 1000, ((100, 900),)),))
+    held = [np.array([[0, 200]]), np.array([[200, 1000]])]
+    _, there = ring_part(sight(sequence, Mask(None, True)), held, 0).visits
+    assert [(tile.query, tile.keys, tile.kind) for tile in there.tiles] == [((100, 200), (0, 700), Kind.FULL)]

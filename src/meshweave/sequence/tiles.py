@@ -102,19 +102,17 @@ def rows_of(intervals: Array) -> Array:
 def _blocks(sight: Sight, position: Array) -> _Blocks:
     """Cuts a participant's rows into blocks; padding is in none."""
     found: list[tuple[int, int, bool]] = []
-    grows = False  # whether the last block may take in what follows it
     for row, stop in _pieces(sight, position):
         at, document, span = int(position[row]), int(sight.document[position[row]]), int(sight.span[position[row]])
         # A span that goes on elsewhere stays alone: its queries see keys there that no others of a block would.
         whole = span < 0 or span == at + stop - row
-        if grows and whole and found[-1][1] == row and stop - found[-1][0] <= BLOCK:
+        if found and whole and found[-1][1] == row and stop - found[-1][0] <= BLOCK:
             head = int(position[found[-1][0]])
             # Whole documents only: of a document that starts before the block, the others would get all its keys, masked out.
             if head + row - found[-1][0] == at and sight.document[head] in (head, document):
                 found[-1] = found[-1][0], stop, False
                 continue
         found.append((row, stop, span < 0))
-        grows = whole and stop - row < BLOCK
     columns = np.array(found, dtype=np.int64).reshape(-1, 3)
     return _Blocks(columns[:, 0], columns[:, 1], columns[:, 2].astype(np.bool_))
 

@@ -37,7 +37,8 @@ def context_groups(kind: ContextKind, lanes: Sequence[Sequence[int]], kv_heads: 
             all of one size.
         kv_heads: the numbers of key-value heads that a rank may have in a layer, after tensor parallelism.
 
-    Returns None on a rank that is in no lane.
+    Returns None on a rank that is in no lane. On NCCL the world must have been initialised with `device_id`, which connects every
+    group at once: the first messages of a ring need not involve all of its participants.
     """
     mine = None
     for ranks in lanes:

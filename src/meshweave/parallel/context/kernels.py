@@ -13,7 +13,7 @@ _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backw
 _cuda = torch.ops.aten._scaled_dot_product_efficient_attention
 _cuda_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
 
-ALIGNED = 8
+ALIGNED = 16
 """Elements that a row of a bias must be a multiple of on CUDA."""
 
 
