@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import fsum
+from typing import Literal
 
 import numpy as np
 
@@ -24,10 +25,14 @@ class MediaMeta:
     cost: float
     """Relative encoding cost (model FLOPs, patches, …): only ratios matter."""
     grid: tuple[int, ...] | None = None
-    """(t, h, w) in patches, where the family's position ids need it."""
+    """(t, h, w) in patches, or (frames,) of a sound, where the family's position ids need it."""
     runs: tuple[tuple[int, int], ...] = ()
-    """(position in the sample's fused sequence, tokens) of each unbroken run of its media tokens, ascending: who embeds a slice of
-    the sequence needs to know where it falls."""
+    """(position in the sample's fused sequence, tokens) of each unbroken run of its media tokens, ascending: who embeds a
+    slice of the sequence needs to know where it falls."""
+    kind: Literal["image", "video", "audio"] = "image"
+    """An encoder may take several: a video is a grid of several frames, under another placeholder."""
+    size: tuple[int, int] | None = None
+    """(height, width) in pixels, where the encoder arranges its tokens by it."""
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,8 @@ def test_balance_shows_padding_imbalance_and_gain_and_starts_no_process(tmp_path
     report = json.loads(output)
     assert (report["steps"], report["samples"], report["lanes"]) == (2, 48, {"vision": 4, "language": 2})
     in_order, dealt, planned, packed = report["variants"]
-    assert in_order["padding"] > planned["padding"] > packed["padding"] == dealt["padding"] == 0
+    assert in_order["padding"] > planned["padding"] > packed["padding"]
+    assert max(packed["padding"], dealt["padding"]) < 0.01  # to multiples of tp alone
     assert dealt["times_as_fast"] < packed["times_as_fast"]
     assert in_order["times_as_fast"] == 1 < planned["times_as_fast"] < packed["times_as_fast"]
     for what in packed["imbalance"]:

@@ -93,7 +93,7 @@ def same(a: LocalStep, b: LocalStep) -> bool:
     return (
         (a.plan, a.skipped, len(left)) == (b.plan, b.skipped, len(right))
         and all(map(torch.equal, left, right))
-        and [text and text.media_counts for text in a.language] == [text and text.media_counts for text in b.language]
+        and [text and text.grid.places for text in a.language] == [text and text.grid.places for text in b.language]
     )
 
 
@@ -110,13 +110,11 @@ def test_every_rank_holds_exactly_what_the_plan_gives_it():
             else:
                 lane = plan.lanes[language_lane]
                 longest = max(s.tokens for s in lane)
-                assert language.lengths == tuple(s.tokens for s in lane)
+                assert language.grid.places == tuple((row, 0, s.tokens) for row, s in enumerate(lane))
                 for row, labels, sample in zip(language.input_ids, language.labels, lane, strict=True):
                     padding = longest - sample.tokens
                     assert row.tolist() == [1 + sample.sample] * sample.tokens + [0] * padding
-                    assert labels.tolist() == [1 + sample.sample] * sample.tokens + [-100] * padding
-                for encoder, counts in language.media_counts.items():
-                    assert counts == tuple(sum(m.module == encoder for m in s.media) for s in lane)
+                    assert labels.tolist() == [-100] + [1 + sample.sample] * (sample.tokens - 1) + [-100] * padding
             for encoder, lane in encoder_lane.items():
                 media = step.media[encoder][number]
                 if lane is None:
@@ -190,8 +188,7 @@ def test_a_lane_without_samples_holds_one_padding_token():
     language = step.language[0]
     assert step.plan.microbatches[0].lanes[1] == ()
     assert (language.input_ids.tolist(), language.labels.tolist()) == ([[0]], [[-100]])
-    assert language.lengths == (1,)
-    assert language.media_counts == {"vision": (0,), "audio": (0,)}
+    assert (language.grid.rows, language.grid.length, language.grid.places) == (1, 1, ())
 
 
 def test_an_epoch_visits_every_sample_once_and_epochs_differ():

@@ -20,7 +20,7 @@ def test_counted_flops_are_torchs(family: str, index: int) -> None:
         config.vision_feature_layer = -1
     # Eager attention: its matrix products are visible to the counter.
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    dataset = SyntheticDataset(config, 8, most_images=3)
+    dataset = SyntheticDataset(config, 8, most_items=3)
     meta = dataset.meta(index)
     inputs = {"input_ids": dataset.text(index)[0][None]}
     media = [dataset.media(index, slot) for slot in range(len(meta.media))]

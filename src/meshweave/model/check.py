@@ -9,6 +9,7 @@ from meshweave.config import RunConfig
 from meshweave.errors import ConfigError
 from meshweave.layout import placements
 from meshweave.model.blueprint import blueprint_of
+from meshweave.model.experts import expert_faults, routers
 from meshweave.model.families import PROVEN, tensor_plans
 from meshweave.model.frozen import frozen_names, lost_texts
 from meshweave.model.modules import ModelGraph, graph_of, module_config
@@ -21,8 +22,6 @@ _DIVIDED_BY_TP = ("num_attention_heads", "num_key_value_heads", "num_heads", "in
 
 _NOT_BUILT = {
     "cp": "context parallelism",
-    "ep": "expert parallelism",
-    "etp": "tensor parallelism inside experts",
     "replicas": "repeating work on several ranks",
 }
 
@@ -36,12 +35,7 @@ def check_model(run: RunConfig, config: PreTrainedConfig) -> None:
             or a module has no tensor-parallel plan.
     """
     where = placements(run)
-    if getattr(config, "vision_config", None) is None:
-        raise ConfigError(f"model: {str(run.model)!r} holds a {config.model_type} model; meshweave trains image-text models")
-    try:
-        graph = graph_of(blueprint_of(config, torch.float32))
-    except ValueError as error:
-        raise ConfigError(f"model: transformers knows no image-text model of type {config.model_type!r}") from error
+    graph = graph_of(blueprint_of(config, torch.float32))
     parts = {name: module_config(config, name) for name in graph.children}
     wrong = [
         f"modules.{name}: a {config.model_type} model has no such module; it has {', '.join(parts)}"
@@ -63,6 +57,13 @@ def check_model(run: RunConfig, config: PreTrainedConfig) -> None:
             for key, value in part.to_dict().items()
             if key.endswith(("dropout", "_pdrop")) and value
         ]
+    wrong += [fault for name in run.modules if name in parts for fault in expert_faults(run, graph, name, where[name].layout)]
+    if run.train.router_aux_loss and not routers(graph):
+        kind = config.get_text_config().model_type
+        wrong.append(
+            f"train.router_aux_loss={run.train.router_aux_loss}: a {kind} model has no experts whose load it could keep even; "
+            "take it out"
+        )
     wrong += _frozen_faults(run, graph)
     if wrong:
         raise ConfigError("\n".join(["the run file does not fit the model:", *(f"  {line}" for line in dict.fromkeys(wrong))]))

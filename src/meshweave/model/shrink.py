@@ -16,13 +16,15 @@ def shrink_run(run: RunConfig, config: PreTrainedConfig) -> tuple[RunConfig, Pre
 
     `layers` are left out: their sums are those of the large model, so the small one is cut anew.
     """
-    small = shrink(config, vision_stages=stage_count(run, VISION), language_stages=stage_count(run, LANGUAGE))
+    stages, slices = {name: stage_count(run, name) for name in (VISION, LANGUAGE)}, run.modules[LANGUAGE].etp
+    small = shrink(config, vision_stages=stages[VISION], language_stages=stages[LANGUAGE], slices=slices)
     modules = {name: module.model_copy(update={"layers": None}) for name, module in run.modules.items()}
     return run.model_copy(update={"weights": "seeded", "data": None, "modules": modules}), small
 
 
-def shrink(config: PreTrainedConfig, *, vision_stages: int = 1, language_stages: int = 1) -> PreTrainedConfig:
-    """A tiny config of the same architecture and the same numbers of attention heads, so that the same `tp` divides it.
+def shrink(config: PreTrainedConfig, *, vision_stages: int = 1, language_stages: int = 1, slices: int = 1) -> PreTrainedConfig:
+    """A tiny config of the same architecture and the same numbers of attention heads and experts, so that the same `tp` and `ep`
+    divide it; experts are wide enough for so many `slices`.
 
     Layers, widths, image size and vocabulary become small; special token ids move into the small vocabulary. As many layers are
     kept as the (virtual) pipeline stages need.
@@ -31,14 +33,14 @@ def shrink(config: PreTrainedConfig, *, vision_stages: int = 1, language_stages:
     deepstack = tree["vision_config"].get("deepstack_visual_indexes") or ()
     # The layers that deepstack features are added to are all on the first stage.
     layers = max(2, len(deepstack), max(1, len(deepstack)) + language_stages - 1)
-    text = tree["text_config"] = _shrink_text(tree["text_config"], layers)
+    text = tree["text_config"] = _shrink_text(tree["text_config"], layers, slices)
     tree["vision_config"] = _shrink_vision(tree["vision_config"], len(deepstack), text["hidden_size"], vision_stages)
     names = [key for key in tree if key.endswith(("_token_id", "_token_index")) and isinstance(tree[key], int)]
     tree |= {name: number for number, name in enumerate(sorted(names), start=3)}
     return AutoConfig.for_model(**tree)
 
 
-def _shrink_text(tree: dict[str, Any], layers: int) -> dict[str, Any]:
+def _shrink_text(tree: dict[str, Any], layers: int, slices: int) -> dict[str, Any]:
     heads, small = tree["num_attention_heads"], dict(tree)
     rope = dict(tree.get("rope_parameters") or {})
     sections = rope.get("mrope_section")
@@ -52,9 +54,12 @@ def _shrink_text(tree: dict[str, Any], layers: int) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "hidden_size": heads * head_dim,
         "head_dim": head_dim,
-        "intermediate_size": heads * 4,
+        "intermediate_size": heads * 4 * slices,
         "vocab_size": VOCABULARY,
     }
+    for key in ("moe_intermediate_size", "shared_expert_intermediate_size"):
+        if tree.get(key):
+            small[key] = 8 * slices
     if tree.get("layer_types"):
         small["layer_types"] = tree["layer_types"][:layers]
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -100,7 +100,7 @@ def _variants(
         variants.append(
             Variant(
                 name,
-                name == ("planned, packed" if run.train.pack else "planned"),
+                name == ("planned, packed" if run.packed else "planned"),
                 tuple(imbalance(p, costs) for p in plans),
                 work,
             )

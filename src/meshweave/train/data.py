@@ -1,6 +1,7 @@
 """Which dataset does a run file name, and how does this rank load it?"""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,8 @@ from meshweave.errors import ConfigError
 from meshweave.layout import Placement
 from meshweave.model.flops import ModuleFlops
 from meshweave.schedule.schedule import Schedule
+from meshweave.sequence.cut import multiple_of
+from meshweave.sequence.grid import SequenceRule
 from meshweave.slots import Packing
 from meshweave.train.world import World
 
@@ -76,10 +79,10 @@ def _processor(run: RunConfig) -> Any:
 
 def packing_of(run: RunConfig, flops: ModuleFlops | None = None) -> Packing:
     """How samples share a slot; a sequence costs what `flops`, of the language model, says, or else its tokens."""
-    train = run.train
-    if flops is None:
-        return Packing(train.pack, train.max_tokens)
-    return Packing(train.pack, train.max_tokens, per_token=flops.per_token, per_pair=flops.per_pair)
+    language = run.modules[LANGUAGE]
+    multiple = multiple_of(language.cp, language.tp if language.sequence_parallel else 1)
+    packing = Packing(run.packed, run.train.max_tokens, multiple)
+    return packing if flops is None else replace(packing, per_token=flops.per_token, per_pair=flops.per_pair)
 
 
 def build_planner(
@@ -111,13 +114,15 @@ def build_loader(
     dataset: Dataset,
     world: World,
     schedule: Schedule,
+    rule: SequenceRule,
     *,
     training: bool = True,
     flops: ModuleFlops | None = None,
 ) -> Loader:
     """Loader of this rank's part of every step; without `training`, one ordered pass over everything.
 
-    Sequences are balanced by `flops` of the language model where these are given, else by their tokens."""
+    Sequences are cut by `rule`, and balanced by `flops` of the language model where these are given, else by their tokens.
+    """
     language = world.placements[LANGUAGE]
     return Loader(
         dataset,
@@ -126,9 +131,10 @@ def build_loader(
         language_lanes=language.layout.dp,
         language_lane=language.lane(world.rank),
         encoders={name: _role(name, world.placements[name], schedule, world.rank) for name in run.encoders},
+        rule=rule,
         # Without gradients there is room, and a step that does not fit must not end a run that is done.
-        packing=packing_of(run, flops) if training else Packing(run.train.pack),
-        crossing=partial(_crossing, world),
+        packing=packing_of(run, flops) if training else Packing(run.packed),
+        crossing=partial(_crossing, world, rule),
         rank=world.rank,
         world=world.size,
         group=world.data_group,
@@ -139,9 +145,9 @@ def build_loader(
     )
 
 
-def _crossing(world: World, plan: MicrobatchPlan, encoder: str) -> TransferPlan:
+def _crossing(world: World, rule: SequenceRule, plan: MicrobatchPlan, encoder: str) -> TransferPlan:
     """With this rank's part of both ways worked out: in the loader's thread, which the step does not wait for."""
-    crossing = plan_crossing(plan, encoder, world.placements, world.node_size)
+    crossing = plan_crossing(plan, encoder, world.placements, rule, world.node_size)
     for way in (crossing, crossing.transpose()):
         way.for_rank(world.rank)
     return crossing

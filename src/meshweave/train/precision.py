@@ -1,10 +1,11 @@
-"""How is float64 kept float64? transformers' norms compute in float32, whatever the model's dtype."""
+"""How is float64 kept float64? transformers' norms and routers compute in float32, whatever the model's dtype."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 
@@ -15,11 +16,15 @@ class _KeepFloat64(TorchFunctionMode):
         lowers = func is torch.Tensor.to and len(args) == 2 and args[1] is torch.float32
         if lowers and args[0].dtype == torch.float64:
             return args[0]
+        if func is torch.Tensor.float and args[0].dtype == torch.float64:
+            return args[0]
+        if func is functional.softmax and kwargs and kwargs.get("dtype") is torch.float32 and args[0].dtype == torch.float64:
+            kwargs = {**kwargs, "dtype": None}
         return func(*args, **(kwargs or {}))
 
 
 def full_precision(dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Inside it, a float64 model's `x.to(torch.float32)` does nothing; no effect on other dtypes.
+    """Inside it, a float64 model's `x.to(torch.float32)` and its like do nothing; no effect on other dtypes.
 
     A comparison at 1e-9 needs it on both sides: differences of 1e-16 would now and then round to different float32 numbers.
     """

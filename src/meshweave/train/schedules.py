@@ -97,7 +97,7 @@ def typical_step(run: RunConfig, dataset: Dataset) -> StepPlan:
         language_lanes=run.modules[LANGUAGE].dp,
         encoder_lanes={name: run.modules[name].dp for name in run.encoders},
         # No budget: these samples are no step of the run, whose own ones have to fit.
-        packing=Packing(run.train.pack),
+        packing=Packing(run.packed),
     )
 
 

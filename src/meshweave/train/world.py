@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshweave.config import LANGUAGE, RunConfig
 from meshweave.errors import ConfigError, MeshweaveError, RankError
 from meshweave.layout import Placement, placements
-from meshweave.parallel.mesh import build_meshes
+from meshweave.parallel.mesh import build_expert_meshes, build_meshes
 from meshweave.schedule.runtime import lost_ranks_named
 
 Result = TypeVar("Result")
@@ -46,6 +46,8 @@ class World:
     node_size: int | None = None
     timeout_seconds: float = 600.0
     """How long a rank waits for another before it ends the run."""
+    expert_meshes: Mapping[str, DeviceMesh] = field(default_factory=dict)
+    """Of the modules that split their experts."""
 
     @property
     def leads_lane(self) -> bool:
@@ -166,9 +168,9 @@ def _with_process_group(
     )
     try:
         where = placements(run)
-        meshes = build_meshes(where, device.type)
+        meshes, expert_meshes = build_meshes(where, device.type), build_expert_meshes(where, device.type)
         data_group = dist.new_group(backend="gloo", timeout=timeout) if run.world_size > 1 else None
-        world = World(rank, run.world_size, device, where, meshes, data_group, run.node_size, run.timeout_seconds)
+        world = World(rank, run.world_size, device, where, meshes, data_group, run.node_size, run.timeout_seconds, expert_meshes)
         with lost_ranks_named(rank, run.timeout_seconds, "work outside a step"):
             result = work(world, run)
             # A rank that leaves early now and then aborts the others.
