@@ -174,8 +174,8 @@ def cut(costs: Sequence[float], parts: int) -> tuple[Runs, Runs]:
 
     Rows of a batch are padded to the longest, so this is the cost of a run. Neighbours are best: in the run of the longest row,
     any other row can give way to the next longest without cost.
-    Where fewer runs would do, because the first item alone costs that much, there are two ways to make more of them: the costliest
-    are halved, or all are left as they are and the last items become runs by themselves.
+    Where fewer runs would do, because the first item alone costs that much, there are two ways to make more of them: the
+    costliest are halved, or all are left as they are and the last items become runs by themselves.
     """
     parts = min(parts, len(costs))
     if not parts:

@@ -106,6 +106,10 @@ class _Step:
         """Slots."""
         return self.microbatches * self.lanes
 
+    def most(self, slots: int) -> int | None:
+        """Samples that so many slots take: no second one while others have none."""
+        return slots if len(self.tokens) <= self.count else None
+
     @property
     def lopsided(self) -> bool:
         """Whether a sample is heavier than an even slot."""
@@ -145,7 +149,8 @@ def _packed_by_microbatch(step: _Step) -> Slots | None:
     budget, every = step.packing.budget, range(len(step.tokens))
     works = [Work(np.array(step.costs, np.float64)), *step.encoders]
     capacity = None if budget is None else step.lanes * budget
-    parts = share(works, step.microbatches, least=step.lanes, sizes=step.sizes(every), capacity=capacity)
+    most = step.most(step.lanes)
+    parts = share(works, step.microbatches, least=step.lanes, most=most, sizes=step.sizes(every), capacity=capacity)
     slots: Slots = []
     for part in parts or ():
         found = spread([step.costs[s] for s in part], step.lanes, step.sizes(part), budget)
@@ -209,7 +214,7 @@ def _padded(step: _Step) -> Slots:
 def _padded_in_groups(step: _Step, size: int) -> Slots:
     """Samples to groups of `size` microbatches, to slots of similar lengths there, and slots to its microbatches."""
     works = [Work(np.array(step.costs, np.float64)), *(replace(w, span=max(1, w.span // size)) for w in step.encoders)]
-    parts = share(works, step.microbatches // size, least=size * step.lanes)
+    parts = share(works, step.microbatches // size, least=size * step.lanes, most=step.most(size * step.lanes))
     assert parts is not None, "no bound was given"
     slots: Slots = []
     for part in parts:

@@ -1,6 +1,7 @@
 """Does the report on balance say what a person needs, in a terminal of 80 columns and as JSON?"""
 
 import json
+from io import StringIO
 
 from rich.console import Console
 
@@ -35,7 +36,7 @@ def report(**changes) -> BalanceReport:
 
 
 def printed(found: BalanceReport, width: int = 80) -> str:
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=width, record=True, file=StringIO())
     console.print(render_balance(found))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= width
@@ -45,16 +46,16 @@ def printed(found: BalanceReport, width: int = 80) -> str:
 def test_the_report_fits_80_columns_and_marks_what_the_run_file_asks_for():
     text = printed(report())
     assert "2 steps · 40 samples · 7,200 tokens · 60 vision items" in text
-    assert "packed ◂ run file" in text
+    assert "packed ◂" in text
     assert "4.00 ×" in text
-    assert "vision: passes" in text
+    assert "vision passes" in text
     assert "fullest sequence 900 of train.max_tokens=1000 tokens (90%)" in text
     assert "left out" not in text
 
 
 def test_what_a_run_does_not_have_is_left_out_and_what_it_skips_is_said():
     text = printed(report(passes={"vision": 1}, max_tokens=None, skipped=3))
-    assert "vision: passes" not in text
+    assert "vision passes" not in text
     assert "max_tokens" not in text
     assert "3 samples left out: unreadable, or too long" in text
     assert "vision" not in printed(report(media={}, items={}, passes={}, lanes={"language": 2}))
@@ -66,7 +67,7 @@ def test_json_holds_the_same_numbers():
     assert found["tokens_per_sample"] == {"median": 90, "p90": 170, "most": 170}
     assert [variant["times_as_fast"] for variant in found["variants"]] == [1.0, 2.0, 4.0]
     assert found["variants"][2]["chosen"]
-    assert found["variants"][2]["imbalance"]["language: lanes and microbatches"] == {"ratio": 1.0, "at_least": 1.0}
+    assert found["variants"][2]["imbalance"]["language slots"] == {"ratio": 1.0, "at_least": 1.0}
 
 
 def test_a_spread_names_values_that_occur():

@@ -1,6 +1,7 @@
 """Are the numbers of an uneven step right, on plans small enough to count by hand?"""
 
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ def microbatch(*lanes: tuple[int, ...], costs: tuple[tuple[float, ...], ...]) ->
     samples = tuple(tuple(SampleMeta(0, tokens) for tokens in lane) for lane in lanes)
     items = tuple(MediaItem(0, 0, MediaMeta("vision", 1, cost)) for lane in costs for cost in lane)
     ends = np.cumsum([0, *map(len, costs)])
-    numbers = tuple(tuple(range(begin, end)) for begin, end in zip(ends, ends[1:], strict=False))
+    numbers = tuple(tuple(range(begin, end)) for begin, end in pairwise(ends))
     return MicrobatchPlan(samples, {"vision": items}, {"vision": numbers})
 
 

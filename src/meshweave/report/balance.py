@@ -118,14 +118,14 @@ class BalanceReport:
         """What is uneven, by the words of the table."""
         ratios: dict[str, Callable[[Imbalance], Uneven]] = {}
         for name in self.items:
-            ratios[f"{name}: lanes of a pass"] = lambda step, name=name: step.encoder_lanes[name]  # type: ignore[misc]
+            ratios[f"{name} lanes, per pass"] = lambda step, name=name: step.encoder_lanes[name]  # type: ignore[misc]
             if self.passes[name] > 1:
-                ratios[f"{name}: passes"] = lambda step, name=name: step.encoder_passes[name]  # type: ignore[misc]
-        ratios["language: lanes of a microbatch"] = lambda step: step.microbatch_lanes
+                ratios[f"{name} passes"] = lambda step, name=name: step.encoder_passes[name]  # type: ignore[misc]
+        ratios["language lanes, per microbatch"] = lambda step: step.microbatch_lanes
         if self.microbatches > 1:
-            ratios["language: lanes of a step"] = lambda step: step.language_lanes
-            ratios["language: microbatches"] = lambda step: step.microbatches
-            ratios["language: lanes and microbatches"] = lambda step: step.slots
+            ratios["language lanes, per step"] = lambda step: step.language_lanes
+            ratios["language microbatches"] = lambda step: step.microbatches
+            ratios["language slots"] = lambda step: step.slots
         return ratios
 
 
@@ -141,9 +141,9 @@ def render_balance(report: BalanceReport) -> RenderableType:
 
 
 _EXPLAINED = (
-    "in order: samples as they come, equally many a slot, their media encoded by the lane of the sample. A slot is a lane's "
-    "part of a microbatch. Ratios are means over the steps; (≥ …) is what one undivided sample or item allows. Speed is "
-    "estimated from model FLOPs of the slowest lanes, without communication."
+    "◂ as the run file says. In order: samples as they come, equally many a slot, media encoded by the sample's lane. A slot is "
+    "a lane's part of a microbatch. Ratios are means over the steps; at best is what undivided samples and items of ◂ allow. "
+    "Speed is estimated from model FLOPs of the slowest lanes, without communication."
 )
 
 
@@ -170,16 +170,20 @@ def _samples(report: BalanceReport) -> Table:
 
 
 def _variants(report: BalanceReport) -> Table:
-    table = _table("", *(variant.name for variant in report.variants))
-    for column, variant in zip(table.columns[1:], report.variants, strict=True):
+    table = _table("", *(variant.name.replace(", ", ",\n") for variant in report.variants), "at best")
+    table.columns[0].no_wrap = True
+    for column, variant in zip(table.columns[1:], report.variants, strict=False):
         if variant.chosen:
-            column.header, column.style = f"{variant.name} ◂ run file", "bold"
+            column.header, column.style = f"{column.header} ◂", "bold"
+    table.columns[-1].style = table.columns[-1].header_style = "dim"
+    bounded = next((variant for variant in report.variants if variant.chosen), report.variants[-1])
     table.add_row("padding", *(f"{variant.padding:.1%}" for variant in report.variants))
     table.add_row("largest slot, tokens", *(count_text(variant.fullest) for variant in report.variants))
     table.add_section()
     table.add_row(Text("heaviest ÷ mean", style="dim"))
     for what, of in report._ratios().items():
-        table.add_row(f"  {what}", *(_ratio(variant.mean(of)) for variant in report.variants))
+        best = bounded.mean(of).at_least
+        table.add_row(what, *(_ratio(variant.mean(of), best) for variant in report.variants), f"{best:.2f}")
     table.add_section()
     table.add_row("step speed", *(f"{report.gain(variant):.2f} ×" for variant in report.variants))
     return table
@@ -196,7 +200,6 @@ def _numbers(spread: Spread) -> list[str]:
     return [f"{number:,}" for number in (spread.median, spread.p90, spread.most)]
 
 
-def _ratio(uneven: Uneven) -> Text:
-    bound = f" (≥ {uneven.at_least:.2f})" if uneven.at_least > 1.005 else ""
-    good = uneven.ratio <= 1.05 * uneven.at_least
-    return Text(f"{uneven.ratio:.2f}{bound}", style="green" if good else "yellow" if uneven.ratio < 1.5 else "red")
+def _ratio(uneven: Uneven, best: float) -> Text:
+    style = "green" if uneven.ratio <= 1.05 * best else "yellow" if uneven.ratio < 1.5 * best else "red"
+    return Text(f"{uneven.ratio:.2f}", style=style)

@@ -87,8 +87,9 @@ def _variants(
     }
     ways: dict[str, tuple[Packing, Callable[..., StepPlan]]] = {
         "in order": (rows, deal_step),
+        "in order, packed": (packed, deal_step),
         "planned": (rows, partial(plan_step, packing=rows)),
-        "packed": (packed, partial(plan_step, packing=packed)),
+        "planned, packed": (packed, partial(plan_step, packing=packed)),
     }
     item_cost = {name: partial(_item_cost, flops[name], run.modules[name].frozen is True) for name in run.encoders}
     variants = []
@@ -97,7 +98,12 @@ def _variants(
         trained = replace(costs, per_token=TRAINING_FACTOR * costs.per_token, per_pair=TRAINING_FACTOR * costs.per_pair)
         work = sum(slowest_rank(plan, trained, item_cost, where) for plan in plans)
         variants.append(
-            Variant(name, name == ("packed" if run.packed else "planned"), tuple(imbalance(p, costs) for p in plans), work)
+            Variant(
+                name,
+                name == ("planned, packed" if run.packed else "planned"),
+                tuple(imbalance(p, costs) for p in plans),
+                work,
+            )
         )
     return tuple(variants)
 

@@ -1,6 +1,7 @@
 """Which dataset does a run file name, and how does this rank load it?"""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from meshweave.errors import ConfigError
 from meshweave.layout import Placement
 from meshweave.model.flops import ModuleFlops
 from meshweave.schedule.schedule import Schedule
+from meshweave.sequence.cut import multiple_of
 from meshweave.sequence.grid import SequenceRule
 from meshweave.slots import Packing
 from meshweave.train.world import World
@@ -77,9 +79,10 @@ def _processor(run: RunConfig) -> Any:
 
 def packing_of(run: RunConfig, flops: ModuleFlops | None = None) -> Packing:
     """How samples share a slot; a sequence costs what `flops`, of the language model, says, or else its tokens."""
-    if flops is None:
-        return Packing(run.packed, run.train.max_tokens)
-    return Packing(run.packed, run.train.max_tokens, per_token=flops.per_token, per_pair=flops.per_pair)
+    language = run.modules[LANGUAGE]
+    multiple = multiple_of(language.cp, language.tp if language.sequence_parallel else 1)
+    packing = Packing(run.packed, run.train.max_tokens, multiple)
+    return packing if flops is None else replace(packing, per_token=flops.per_token, per_pair=flops.per_pair)
 
 
 def build_planner(
