@@ -118,7 +118,7 @@ def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result
 
 @contextmanager
 def _no_garbage() -> Iterator[None]:
-    """Processes that are forked inside it do not collect this one's garbage: a process group of an earlier run among it would wait
+    """Processes that are forked inside it do not collect this one's garbage: a process group of an earlier run would wait there
     for its threads, which a fork does not copy."""
     gc.collect()
     gc.freeze()
