@@ -32,6 +32,7 @@ from transformers import PreTrainedConfig
 
 from meshweave.config import LANGUAGE, RunConfig, parse_config
 from meshweave.data.synthetic import SyntheticDataset
+from meshweave.data.synthetic_media import Item
 from meshweave.layout import placements
 from meshweave.model.blueprint import TRAVELS_AS
 from meshweave.model.modules import media_widths
@@ -95,8 +96,8 @@ def cases(ranks: int) -> list[Case]:
 class AlikeDataset(SyntheticDataset):
     """Random samples of equal shape, so that a median says what every microbatch takes."""
 
-    def _shape(self, index: int) -> tuple[list[int], list[tuple[int, int]]]:
-        return super()._shape(4 * index + 3)  # of every four, the last has most images
+    def _draw(self, index: int) -> tuple[list[int], list[Item]]:
+        return super()._draw(4 * index + 3)  # of every four, the last has most images
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ class Step:
 def time_case(world: World, run: RunConfig, config: PreTrainedConfig, dataset: AlikeDataset) -> list[Step]:
     """Every counted step of a case, in which the step's data is there before it begins."""
     schedule = agreed_schedule(world, run, config, dataset)
-    loader = build_loader(run, dataset, world, schedule)
     model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
+    loader = build_loader(run, dataset, world, schedule, model.part.rule)
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
     rates = build_schedule(run, optimizer)
     travel = Travel(media_widths(config), config.get_text_config().hidden_size, TRAVELS_AS[run.dtype])
@@ -225,7 +226,7 @@ def main(
     console = Console(width=160)
     config = bench_config(width, layers)
     batch = microbatches * samples
-    dataset = AlikeDataset(config, batch * (WARM_UP + steps), text_tokens=(text, text), most_images=images)
+    dataset = AlikeDataset(config, batch * (WARM_UP + steps), text_tokens=(text, text), most_items=images)
     train = {"steps": WARM_UP + steps, "batch_size": batch}
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)

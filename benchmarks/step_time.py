@@ -76,8 +76,8 @@ def meshweave_step(
 ) -> tuple[Loader, Callable[[int], int]]:
     """The loader, and a function that takes training step `number` as `meshweave train` does and returns the step's tokens."""
     schedule = agreed_schedule(world, run, config, dataset)
-    loader = build_loader(run, dataset, world, schedule)
     model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
+    loader = build_loader(run, dataset, world, schedule, model.part.rule)
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
     rates = build_schedule(run, optimizer)
     travel = Travel(media_widths(config), config.get_text_config().hidden_size, STORED[run.dtype])
@@ -119,7 +119,7 @@ def plain_step(run: RunConfig, dataset: Dataset, loader: Loader) -> Callable[[in
 
 def compare_with_plain(world: World, run: RunConfig, config: PreTrainedConfig, blocks: int) -> tuple[list[float], list[float]]:
     """Seconds of every counted step: meshweave's, and the plain loop's."""
-    dataset = SyntheticDataset(config, run.train.batch_size * run.train.steps, most_images=3)
+    dataset = SyntheticDataset(config, run.train.batch_size * run.train.steps, most_items=3)
     loader, ours = meshweave_step(world, run, config, dataset)
     plain = plain_step(run, dataset, loader)
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -135,7 +135,7 @@ def compare_with_plain(world: World, run: RunConfig, config: PreTrainedConfig, b
 
 def time_layout(world: World, run: RunConfig, config: PreTrainedConfig, blocks: int) -> tuple[list[float], list[int]]:
     """Seconds and tokens of every counted step of one layout."""
-    dataset = SyntheticDataset(config, run.train.batch_size * run.train.steps, most_images=3)
+    dataset = SyntheticDataset(config, run.train.batch_size * run.train.steps, most_items=3)
     _, step = meshweave_step(world, run, config, dataset)
     seconds, tokens = [], []
     for number in range((blocks + 1) * BLOCK):

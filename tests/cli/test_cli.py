@@ -120,6 +120,8 @@ def test_verify_past_the_tolerance_exits_non_zero(tmp_path: Path, monkeypatch: p
         ("data={source: llava_json, path: /nowhere.json}", "'/nowhere.json' does not exist"),
         ("data.sorce=digits", "did you mean source?"),
         ("nonsense", "expected KEY=VALUE"),
+        ("train={steps: 1, batch_size: 6, max_tokens: 9}", "train: max_tokens=9: only packed sequences have a token budget"),
+        ("train={steps: 1, batch_size: 6, pack: true, max_tokens: 200}", "train.max_tokens=200: a step of"),
         ("data.path=/tmp", "path: source synthetic does not read this"),
         ("train.warmup_steps=99", "warmup_steps=99 is more than steps=3"),
     ],
@@ -205,6 +207,40 @@ def test_a_fault_says_where_it_happened(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match="out of luck") as fault:
         run("train", str(write_run(tmp_path, modules=modules)))
     assert fault.value.__notes__ == ["on rank 0, in language.0F0"]
+
+
+def test_balance_shows_padding_imbalance_and_gain_and_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *a, **k: pytest.fail("balance started a process group"))
+    monkeypatch.setattr("meshweave.data.synthetic.SyntheticDataset.media", lambda *a: pytest.fail("balance made pixels"))
+    modules = {"vision": {"ranks": "0-3"}, "language": {"ranks": "0-3", "tp": 2}}
+    train = {"steps": 3, "batch_size": 24, "microbatches": 2, "pack": True, "max_tokens": 600}
+    file = str(write_run(tmp_path, modules=modules, train=train))
+    code, output = run("balance", file)
+    assert code == 0, output
+    for expected in (
+        "3 steps · 72 samples",
+        "packed ◂ run file",
+        "vision: lanes of a pass",
+        "padding",
+        "of train.max_tokens=600",
+    ):
+        assert expected in output
+    code, output = run("balance", file, "--steps", "2", "--json")
+    assert code == 0, output
+    report = json.loads(output)
+    assert (report["steps"], report["samples"], report["lanes"]) == (2, 48, {"vision": 4, "language": 2})
+    in_order, planned, packed = report["variants"]
+    assert in_order["padding"] > planned["padding"] > packed["padding"] == 0
+    assert in_order["times_as_fast"] == 1 < planned["times_as_fast"] < packed["times_as_fast"]
+    for what in packed["imbalance"]:
+        assert packed["imbalance"][what]["ratio"] < in_order["imbalance"][what]["ratio"]
+
+
+def test_balance_says_which_step_does_not_fit(tmp_path: Path) -> None:
+    train = {"steps": 3, "batch_size": 24, "microbatches": 2, "pack": True, "max_tokens": 400}
+    code, output = run("balance", str(write_run(tmp_path, train=train)))
+    assert code == 2, output
+    assert "step 0: train.max_tokens=400: a step of 24 samples has" in output
 
 
 PIPELINE = {"vision": {"ranks": "0-1", "dp": 2}, "language": {"ranks": "0-1", "pp": 2}}

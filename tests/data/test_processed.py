@@ -168,6 +168,9 @@ def test_token_ids_grids_and_pixels_equal_the_processors_own(processor, index):
     assert meta.tokens == len(input_ids)
     assert [item.module for item in meta.media] == ["vision"] * len(SAMPLES[index].media)
     assert sum(item.tokens for item in meta.media) == (input_ids == processor.image_token_id).sum()
+    places = [place for item in meta.media for first, count in item.runs for place in range(first, first + count)]
+    assert places == (input_ids == processor.image_token_id).nonzero().flatten().tolist()
+    assert [sum(count for _, count in item.runs) for item in meta.media] == [item.tokens for item in meta.media]
     if SAMPLES[index].media:
         items = [dataset.media(index, slot) for slot in range(len(meta.media))]
         for key in items[0]:

@@ -12,6 +12,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from meshweave.data.join import join_media
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import ConfigError
 
@@ -71,17 +72,23 @@ def test_samples_are_ragged_from_the_first_four_on(config):
 
 
 def test_metadata_text_and_media_agree(config):
-    dataset = SyntheticDataset(config, 12, module="eyes")
+    dataset = SyntheticDataset(config, 12)
     for index in range(12):
         meta, (input_ids, labels) = dataset.meta(index), dataset.text(index)
         assert meta.sample == index
         assert meta.tokens == len(input_ids) == len(labels)
-        assert sum(item.tokens for item in meta.media) == (input_ids == config.image_token_id).sum()
+        placeholders = {"image": config.image_token_id, "video": getattr(config, "video_token_id", None)}
+        for kind, token in placeholders.items():
+            runs = [run for item in meta.media if item.kind == kind for run in item.runs]
+            places = [place for first, count in runs for place in range(first, first + count)]
+            assert places == [place for place, id_ in enumerate(input_ids.tolist()) if id_ == token]
+        for item in meta.media:
+            assert sum(count for _, count in item.runs) == item.tokens
         targets = labels[labels != -100]
         assert len(targets) >= 2
         assert torch.equal(targets, input_ids[-len(targets) :])
         for slot, item in enumerate(meta.media):
-            assert item.module == "eyes"
+            assert item.module == "vision"
             inputs = dataset.media(index, slot)
             if item.grid is not None:
                 assert inputs["image_grid_thw"].tolist() == [list(item.grid)]
@@ -91,8 +98,7 @@ def test_metadata_text_and_media_agree(config):
 def test_text_ids_have_no_special_meaning():
     dataset = SyntheticDataset(qwen(), 4, text_tokens=(400, 500))
     ids = torch.cat([dataset.text(index)[0] for index in range(4)])
-    assert set(ids.tolist()) - {60, 62, 63} <= set(range(60))
-    assert not (ids == 61).any()
+    assert set(ids.tolist()) - {60, 61, 62, 63} <= set(range(60))
     plain = torch.cat([SyntheticDataset(llava(), 4, text_tokens=(400, 500)).text(i)[0] for i in range(4)])
     assert not (plain == 3).any()  # the padding token's embedding has no gradient
 
@@ -101,12 +107,18 @@ def test_the_model_accepts_every_kind_of_sample(config):
     torch.manual_seed(0)
     build = Qwen3VLForConditionalGeneration if config.model_type == "qwen3_vl" else LlavaForConditionalGeneration
     model = build(config)
-    dataset = SyntheticDataset(config, 4, most_images=3)
+    dataset = SyntheticDataset(config, 4, most_items=3)
     for index in range(4):
         input_ids, labels = dataset.text(index)
         items = [dataset.media(index, slot) for slot in range(len(dataset.meta(index).media))]
-        media = {key: torch.cat([item[key] for item in items]) for key in (items[0] if items else ())}
-        types = {"mm_token_type_ids": (input_ids == 60).int()[None]} if config.model_type == "qwen3_vl" else {}
+        kinds = [item.kind for item in dataset.meta(index).media]
+        media = {}
+        for kind, suffix in (("image", ""), ("video", "_videos")):
+            found = join_media([item for item, its in zip(items, kinds, strict=True) if its == kind])
+            media |= {f"{key}{suffix}".replace("image_grid_thw_videos", "video_grid_thw"): value for key, value in found.items()}
+        types = (
+            {"mm_token_type_ids": ((input_ids == 60) + 2 * (input_ids == 61))[None]} if config.model_type == "qwen3_vl" else {}
+        )
         output = model(input_ids=input_ids[None], labels=labels[None], **media, **types)
         assert output.loss.isfinite()
     encoded = model.model.get_image_features(**dataset.dummy_media("vision"))

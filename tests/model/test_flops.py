@@ -22,7 +22,7 @@ def test_counted_flops_are_torchs(family: str, index: int) -> None:
     model = AutoModelForImageTextToText.from_config(
         config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
-    dataset = SyntheticDataset(config, 8, most_images=3)
+    dataset = SyntheticDataset(config, 8, most_items=3)
     meta = dataset.meta(index)
     inputs = {"input_ids": dataset.text(index)[0][None]}
     media = [dataset.media(index, slot) for slot in range(len(meta.media))]

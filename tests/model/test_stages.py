@@ -20,10 +20,12 @@ from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import LayoutError
 from meshweave.model.blueprint import blueprint_of
 from meshweave.model.encoder import EncoderStage, received_shapes
-from meshweave.model.language import LanguageStage, token_loss
+from meshweave.model.language import LanguageStage
+from meshweave.model.loss import next_tokens, token_loss
 from meshweave.model.modules import VISION, ModelGraph, graph_of
 from meshweave.model.parts import parts_of
 from meshweave.model.stages import cut_blocks, stage_costs, stage_cuts
+from meshweave.sequence.grid import UNCUT, lay_out
 
 VISION_LAYERS, LANGUAGE_LAYERS = 4, 5
 TEXT_ONLY, IMAGES = (1, 5), (0, 1, 2, 3)
@@ -83,6 +85,7 @@ class Batch:
         media = [data.media(sample, slot) for sample in samples for slot in range(len(data.meta(sample).media))]
         self.inputs = {key: torch.cat([item[key] for item in media]) for key in (media[0] if media else ())}
         self.grids = self.inputs.get("image_grid_thw")
+        self.grid = lay_out([data.meta(sample) for sample in samples], UNCUT)
 
 
 @cache
@@ -93,7 +96,7 @@ def expected(family: str, samples: tuple[int, ...]) -> tuple[Tensor, dict[str, T
     extra = dict(batch.inputs)
     if batch.grids is not None:
         extra["mm_token_type_ids"] = (batch.ids == model.config.image_token_id).int()
-    loss = token_loss(model(input_ids=batch.ids, use_cache=False, **extra).logits, batch.labels)
+    loss = token_loss(model(input_ids=batch.ids, use_cache=False, **extra).logits, next_tokens(batch.labels))
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -127,11 +130,11 @@ def run_cut(
     hidden = None
     media = {VISION: received} if received else None
     for piece in languages[:-1]:
-        out = piece(batch.ids, media if piece.first else None, batch.grids, hidden)
+        out = piece(batch.ids, batch.grid, media if piece.first else None, batch.items, hidden)
         (hidden,) = crossing([out])
         ends.append(([out], [hidden]))
     last = languages[-1]
-    loss, exact = last(batch.ids, media if last.first else None, batch.grids, hidden, batch.labels)
+    loss, exact = last(batch.ids, batch.grid, media if last.first else None, batch.items, hidden, batch.labels)
     assert exact is None
     loss.backward()
     for out, after in reversed(ends):
@@ -172,9 +175,9 @@ def test_without_gradients_the_last_stage_says_which_samples_are_exact(family: s
     graph = graph_of(copy.deepcopy(stock(family)))
     batch = Batch(graph.model.config, TEXT_ONLY)
     with torch.no_grad():
-        hidden = LanguageStage(graph, range(2))(batch.ids)
-        _, exact = LanguageStage(graph, range(2, LANGUAGE_LAYERS))(batch.ids, hidden=hidden, labels=batch.labels)
-        _, whole = LanguageStage(graph, range(LANGUAGE_LAYERS))(batch.ids, labels=batch.labels)
+        hidden = LanguageStage(graph, range(2))(batch.ids, batch.grid)
+        _, exact = LanguageStage(graph, range(2, LANGUAGE_LAYERS))(batch.ids, batch.grid, hidden=hidden, labels=batch.labels)
+        _, whole = LanguageStage(graph, range(LANGUAGE_LAYERS))(batch.ids, batch.grid, labels=batch.labels)
     assert torch.equal(exact, whole)
 
 

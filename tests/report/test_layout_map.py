@@ -60,7 +60,7 @@ def _map(modules, top, with_traffic=True):
         samples = [dataset.meta(index) for index in range(64)]
         language_lanes = lanes.pop("language")
         plan = plan_step(samples, microbatches=1, language_lanes=language_lanes, encoder_lanes=lanes)
-        traffic = boundary_traffic(plan, placed, {"vision": 128}, run.node_size)
+        traffic = boundary_traffic(plan, placed, {"vision": 128}, node_size=run.node_size)
     return render_layout_map(run, placed, footprints(graph, placed, kinds, stage_cuts(run, graph)), traffic), traffic
 
 

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from meshweave.batch import MediaMeta, SampleMeta
+from meshweave.data.dataset import with_runs
 from support.models import llava
 
 
@@ -116,7 +117,7 @@ class ImagesAndSounds:
             "audio": (1, 1, audio.image_size, audio.image_size),
         }
         self._keys = {"vision": "pixel_values", "audio": "input_features"}
-        self._metas = {"vision": MediaMeta("vision", 16, cost=16.0), "audio": MediaMeta("audio", 5, cost=4.0)}
+        self._metas = {"vision": MediaMeta("vision", 16, cost=16.0), "audio": MediaMeta("audio", 5, cost=4.0, kind="audio")}
         self._tokens = {"vision": config.image_token_id, "audio": config.audio_token_id}
 
     def __len__(self) -> int:
@@ -124,8 +125,10 @@ class ImagesAndSounds:
 
     def meta(self, index: int) -> SampleMeta:
         texts, kinds = self._shape(index)
-        media = tuple(self._metas[kind] for kind in kinds)
-        return SampleMeta(index, sum(texts) + sum(item.tokens for item in media), media)
+        media = [self._metas[kind] for kind in kinds]
+        placeholders = {"image": self._tokens["vision"], "audio": self._tokens["audio"]}
+        placed = with_runs(media, self.text(index)[0].tolist(), placeholders)
+        return SampleMeta(index, sum(texts) + sum(item.tokens for item in media), placed)
 
     def text(self, index: int) -> tuple[Tensor, Tensor]:
         """The text after the last medium is the target."""

@@ -1,13 +1,15 @@
 """What does the loader need from a dataset, and a dataset from a source?"""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
 from typing import Any, Protocol
 
 from PIL import Image
 from torch import Tensor
 
 from meshweave.batch import MediaMeta, SampleMeta
+from meshweave.errors import DataError
 
 IGNORE = -100  # the label of a position that is not a target, as in transformers
 
@@ -58,7 +60,7 @@ class Dataset(Protocol):
         ...
 
     def media(self, index: int, slot: int) -> dict[str, Tensor]:
-        """The encoder inputs of one item; items are combined by `torch.cat(dim=0)`. Raises `DataError`."""
+        """The encoder inputs of one item, a video under the names of an image; `join_media` combines them. Raises `DataError`."""
         ...
 
     def dummy_media(self, module: str) -> dict[str, Tensor]:
@@ -68,3 +70,32 @@ class Dataset(Protocol):
     def dummy_meta(self, module: str) -> MediaMeta:
         """What `dummy_media` is, as `meta` would say it."""
         ...
+
+
+def with_runs(media: Sequence[MediaMeta], ids: Iterable[int], placeholders: Mapping[str, int]) -> tuple[MediaMeta, ...]:
+    """A sample's media, with the runs of their placeholders.
+
+    Args:
+        media: in the order of their placeholders.
+        ids: of the fused sequence.
+        placeholders: kind of media to the id of its placeholder.
+
+    Raises:
+        DataError: the text has more or fewer placeholders of a kind than its media yield tokens.
+    """
+    places: dict[str, Iterator[int]] = {}
+    listed = list(ids)
+    for kind, token in placeholders.items():
+        found = [place for place, each in enumerate(listed) if each == token]
+        wanted = sum(item.tokens for item in media if item.kind == kind)
+        if len(found) != wanted:
+            raise DataError(f"the text holds {len(found)} placeholders of kind {kind!r} for {wanted} media tokens")
+        places[kind] = iter(found)
+    return tuple(replace(item, runs=_runs(list(islice(places[item.kind], item.tokens)))) for item in media)
+
+
+def _runs(places: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending places as (first, count) of those that follow one another."""
+    # Neighbours in a run have the same distance to their rank.
+    groups = [[place for _, place in run] for _, run in groupby(enumerate(places), lambda pair: pair[1] - pair[0])]
+    return tuple((run[0], len(run)) for run in groups)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from meshweave.batch import MediaMeta, SampleMeta
-from meshweave.data.dataset import IGNORE, RawSample, Source
+from meshweave.data.dataset import IGNORE, RawSample, Source, with_runs
 from meshweave.errors import ConfigError, DataError
 
 # (height, width) of the blank images that a processor's arithmetic is checked with.
@@ -68,16 +68,15 @@ class ProcessedDataset:
         return len(self.source)
 
     def meta(self, index: int) -> SampleMeta:
-        """Token counts, costs and grids from the text and the image headers. Raises `DataError`."""
+        """Token counts, costs, grids and runs from the text and the image headers. Raises `DataError`."""
         sample = self.source[index]
         footprints = self._footprints(sample)
         text = self._expand(self._render(sample.messages), footprints)
+        ids = self._tokenize(text)["input_ids"]
         media = [MediaMeta(self.module, found.tokens, cost=0.0, grid=found.grid) for found in footprints]
-        return SampleMeta(
-            index,
-            len(self._tokenize(text)["input_ids"]),
-            tuple(replace(item, cost=self.cost(item)) for item in media),
-        )
+        placeholder = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        placed = with_runs(media, ids, {"image": placeholder})
+        return SampleMeta(index, len(ids), tuple(replace(item, cost=self.cost(item)) for item in placed))
 
     def text(self, index: int) -> tuple[Tensor, Tensor]:
         """`input_ids`, `labels` [tokens] int64; targets are what the assistant says. Raises `DataError`."""

@@ -1,42 +1,27 @@
 """What does a model of a given configuration take? Random ragged samples, for tests and `verify`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from meshweave.batch import MediaMeta, SampleMeta
-from meshweave.data.dataset import IGNORE
-from meshweave.errors import ConfigError
-
-Fill = Callable[[tuple[int, ...]], Tensor]
-
-
-class _Images(Protocol):
-    """What one kind of vision tower takes."""
-
-    def draw(self, random: np.random.Generator) -> tuple[int, int]:
-        """(height, width) of an image, in patches."""
-        ...
-
-    def meta(self, module: str, height: int, width: int) -> MediaMeta: ...
-
-    def inputs(self, height: int, width: int, fill: Fill) -> dict[str, Tensor]: ...
+from meshweave.data.dataset import IGNORE, with_runs
+from meshweave.data.synthetic_media import Item, media_of
 
 
 class SyntheticDataset:
-    """A `Dataset` of random tokens and pixels that fit the Hugging Face model configuration `hf_config`.
+    """A `Dataset` of random tokens and media that fit the Hugging Face model configuration `hf_config`.
 
-    Samples go round in fours: one image, none, a few, `most_images`. Texts of `text_tokens` = (fewest, most)
-    tokens with ordinary ids stand before and after every image; the last text is the target. A fixed-size
-    vision tower (CLIP, SigLIP) gets `pixel_values` [1, channels, size, size]; a Qwen-VL one `pixel_values`
-    [h·w, channels · frames · patch²] and `image_grid_thw` [1, 3], with 1 to `most_side` merged patches a
-    side. Everything follows from `seed` and index.
+    Samples go round in fours: one media item, none, a few, `most_items`; of whatever kinds the model takes, in turn or at random.
+    Texts of `text_tokens` = (fewest, most) tokens with ordinary ids stand before and after every item; the last text is the
+    target. Media have the shapes that the model's processor would give them (`synthetic_media`), with 1 to `most_side` media
+    tokens a side where they may. Everything follows from `seed` and index.
 
-    Raises `ConfigError` if the configuration has no vision tower of either kind.
+    Raises `ConfigError` if the configuration takes no media that samples can be made for.
     """
 
     def __init__(
@@ -45,129 +30,70 @@ class SyntheticDataset:
         samples: int,
         seed: int = 0,
         *,
-        module: str = "vision",
         text_tokens: tuple[int, int] = (2, 12),
-        most_images: int = 7,
+        most_items: int = 7,
         most_side: int = 3,
     ) -> None:
-        self.samples, self.seed, self.module = samples, seed, module
-        self.text_tokens, self.most_images = text_tokens, most_images
-        self._images = _images(hf_config, most_side)
+        self.samples, self.seed = samples, seed
+        self.text_tokens, self.most_items = text_tokens, most_items
         self._ordinary_ids = _ordinary_ids(hf_config)
-        self._image_id: int = hf_config.image_token_id
-        frame = (getattr(hf_config, f"vision_{side}_token_id", None) for side in ("start", "end"))
-        self._frame = [[] if token is None else [token] for token in frame]  # Qwen-VL's, around each image
+        self._media = media_of(hf_config, most_side, self._ordinary_ids)
+        keys = {"image": "image_token_id", "video": "video_token_id", "audio": "audio_token_id"}
+        self._placeholders = {kind: id_ for kind, key in keys.items() if (id_ := getattr(hf_config, key, None)) is not None}
+        self._sample = lru_cache(maxsize=256)(self._draw)
 
     def __len__(self) -> int:
         return self.samples
 
     def meta(self, index: int) -> SampleMeta:
-        """Token counts and grids; the cost of an item is its number of patches."""
-        texts, sizes = self._shape(index)
-        media = tuple(self._images.meta(self.module, *size) for size in sizes)
-        framed = sum(item.tokens + sum(map(len, self._frame)) for item in media)
-        return SampleMeta(index, sum(texts) + framed, media)
+        """Token counts, grids and runs; the cost of an item is its number of patches or frames."""
+        items, ids = self._sample(index)[1], self._ids(index)
+        return SampleMeta(index, len(ids), with_runs([item.meta for item in items], ids, self._placeholders))
 
     def text(self, index: int) -> tuple[Tensor, Tensor]:
         """`input_ids` and `labels` [tokens] int64; the last text is the target."""
-        texts, sizes = self._shape(index)
-        random = self._random(index, 1)
-        first, *others = (random.choice(self._ordinary_ids, count).tolist() for count in texts)
-        start, end = self._frame
-        ids = first
-        for size, text in zip(sizes, others, strict=True):
-            ids += [*start, *[self._image_id] * self._images.meta(self.module, *size).tokens, *end, *text]
-        input_ids = torch.tensor(ids, dtype=torch.int64)
+        texts, _ = self._sample(index)
+        input_ids = torch.tensor(self._ids(index), dtype=torch.int64)
         labels = torch.full_like(input_ids, IGNORE)
         labels[-texts[-1] :] = input_ids[-texts[-1] :]
         return input_ids, labels
 
     def media(self, index: int, slot: int) -> dict[str, Tensor]:
-        """Normally distributed pixels of one image, float32."""
+        """Normally distributed pixels or spectrograms of one item, float32."""
         random = self._random(index, 2 + slot)
-        return self._images.inputs(
-            *self._shape(index)[1][slot],
-            lambda shape: torch.from_numpy(random.standard_normal(shape, dtype=np.float32)),
-        )
+        item = self._sample(index)[1][slot]
+        return item.inputs(lambda shape: torch.from_numpy(random.standard_normal(shape, dtype=np.float32)))
 
     def dummy_media(self, module: str) -> dict[str, Tensor]:
-        """One black image of the first sample's size."""
-        return self._images.inputs(*self._shape(0)[1][0], torch.zeros)
+        """One blank item, the same for every sample."""
+        return self._blank(module).inputs(torch.zeros)
 
     def dummy_meta(self, module: str) -> MediaMeta:
         """Tokens and grid of `dummy_media`."""
-        return self._images.meta(module, *self._shape(0)[1][0])
+        return replace(self._blank(module).meta, cost=0.0)
+
+    def _blank(self, module: str) -> Item:
+        return next(kind for kind in self._media if kind.module == module).draw(np.random.default_rng(0))
 
     def _random(self, index: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, index, stream])
 
-    def _shape(self, index: int) -> tuple[list[int], list[tuple[int, int]]]:
-        """The lengths of the texts, and the sizes in patches of the images between them."""
+    def _ids(self, index: int) -> list[int]:
+        texts, items = self._sample(index)
+        random = self._random(index, 1)
+        first, *others = (random.choice(self._ordinary_ids, count).tolist() for count in texts)
+        return [*first, *(token for item, text in zip(items, others, strict=True) for token in (*item.ids, *text))]
+
+    def _draw(self, index: int) -> tuple[list[int], list[Item]]:
+        """The lengths of the texts, and the items between them."""
         random = self._random(index, 0)
         fewest, most = self.text_tokens
-        images = (1, 0, int(random.integers(1, self.most_images + 1)), self.most_images)[index % 4]
+        count = (1, 0, int(random.integers(1, self.most_items + 1)), self.most_items)[index % 4]
+        chosen = [index // 4 % len(self._media)] if count == 1 else random.integers(len(self._media), size=count).tolist()
         return (
-            [int(random.integers(fewest, most + 1)) for _ in range(images + 1)],
-            [self._images.draw(random) for _ in range(images)],
+            [int(random.integers(fewest, most + 1)) for _ in range(count + 1)],
+            [self._media[kind].draw(random) for kind in chosen],
         )
-
-
-@dataclass(frozen=True)
-class _FixedSize:
-    """CLIP, SigLIP: every image is resized to one square."""
-
-    channels: int
-    pixels: int
-    patch: int
-    extra_tokens: int
-    """Media tokens beyond one a patch: + 1 for a class token that is kept, - 1 for a dropped first one."""
-
-    def draw(self, random: np.random.Generator) -> tuple[int, int]:
-        return self.pixels // self.patch, self.pixels // self.patch
-
-    def meta(self, module: str, height: int, width: int) -> MediaMeta:
-        return MediaMeta(module, height * width + self.extra_tokens, cost=float(height * width))
-
-    def inputs(self, height: int, width: int, fill: Fill) -> dict[str, Tensor]:
-        return {"pixel_values": fill((1, self.channels, self.pixels, self.pixels))}
-
-
-@dataclass(frozen=True)
-class _FreeSize:
-    """Qwen-VL: any grid of patches, whose sides are multiples of `merge`."""
-
-    patch_values: int
-    """Numbers in one patch: channels · frames · patch²."""
-    merge: int
-    most_side: int
-
-    def draw(self, random: np.random.Generator) -> tuple[int, int]:
-        height, width = random.integers(1, self.most_side + 1, size=2) * self.merge
-        return int(height), int(width)
-
-    def meta(self, module: str, height: int, width: int) -> MediaMeta:
-        patches = height * width
-        return MediaMeta(module, patches // self.merge**2, cost=float(patches), grid=(1, height, width))
-
-    def inputs(self, height: int, width: int, fill: Fill) -> dict[str, Tensor]:
-        return {
-            "pixel_values": fill((height * width, self.patch_values)),
-            "image_grid_thw": torch.tensor([[1, height, width]]),
-        }
-
-
-def _images(hf_config: Any, most_side: int) -> _Images:
-    vision: Any = getattr(hf_config, "vision_config", None)
-    if (merge := getattr(vision, "spatial_merge_size", None)) is not None:
-        return _FreeSize(vision.in_channels * vision.temporal_patch_size * vision.patch_size**2, merge, most_side)
-    if vision is not None and isinstance(getattr(vision, "image_size", None), int):
-        class_token = vision.model_type.startswith("clip")
-        dropped = getattr(hf_config, "vision_feature_select_strategy", "full") == "default"
-        return _FixedSize(vision.num_channels, vision.image_size, vision.patch_size, class_token - dropped)
-    raise ConfigError(
-        f"model {hf_config.model_type!r}: no `vision_config` with `image_size` or `spatial_merge_size`, "
-        "so no synthetic images can be made for it; give `data:` instead"
-    )
 
 
 def _ordinary_ids(hf_config: Any) -> np.ndarray:
@@ -176,7 +102,7 @@ def _ordinary_ids(hf_config: Any) -> np.ndarray:
     special = {
         value
         for config in (hf_config, text)
-        for name, value in config.to_dict().items()
-        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+        for name in dir(config)
+        if name.endswith(("_token_id", "_token_index")) and isinstance(value := getattr(config, name, None), int)
     }
     return np.setdiff1d(np.arange(text.vocab_size), list(special))

@@ -2,11 +2,18 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from meshweave.errors import CheckpointError
+from meshweave.errors import CheckpointError, ConfigError
 
 STORED = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """Run dtype to the dtype of parameters, optimizer state and gradient sums."""
@@ -15,9 +22,9 @@ TRAVELS_AS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": t
 """Run dtype to the dtype of media tokens on the boundary."""
 
 
-def experts_implementation(dtype: torch.dtype) -> str | None:
-    """transformers' way to run experts in a dtype; None is its fastest, which knows no float64."""
-    return "eager" if dtype == torch.float64 else None
+def implementations(dtype: torch.dtype) -> dict[str, str | None]:
+    """Which of transformers' implementations run in a dtype, here and in the oracle; its fastest experts know no float64."""
+    return {"attn_implementation": "sdpa", "experts_implementation": "eager" if dtype == torch.float64 else None}
 
 
 def read_model_config(folder: Path) -> PreTrainedConfig:
@@ -36,13 +43,22 @@ def read_model_config(folder: Path) -> PreTrainedConfig:
         raise CheckpointError(f"model: {folder / 'config.json'} is not a config this transformers can read: {error}") from error
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """transformers' class that makes the trainable model of a config: of images and text, else of any media and text.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for found in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        if type(config) in found._model_mapping:  # type: ignore[attr-defined]
+            return found
+    raise ConfigError(f"model: transformers knows no model of media and text of type {config.model_type!r}")
+
+
 def blueprint_of(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The whole model on the meta device: shapes and names, no memory."""
+    """The whole model on the meta device: shapes and names, no memory. Raises ConfigError: as `auto_class`."""
     # A copy: transformers writes these choices into the config that a model is made from.
     config = copy.deepcopy(config)
-    experts = experts_implementation(dtype)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
-            config, dtype=dtype, attn_implementation="sdpa", experts_implementation=experts
-        )
+        model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype, **implementations(dtype))
     return model.train()

@@ -35,12 +35,7 @@ def check_model(run: RunConfig, config: PreTrainedConfig) -> None:
             or a module has no tensor-parallel plan.
     """
     where = placements(run)
-    if getattr(config, "vision_config", None) is None:
-        raise ConfigError(f"model: {str(run.model)!r} holds a {config.model_type} model; meshweave trains image-text models")
-    try:
-        graph = graph_of(blueprint_of(config, torch.float32))
-    except ValueError as error:
-        raise ConfigError(f"model: transformers knows no image-text model of type {config.model_type!r}") from error
+    graph = graph_of(blueprint_of(config, torch.float32))
     parts = {name: module_config(config, name) for name in graph.children}
     wrong = [
         f"modules.{name}: a {config.model_type} model has no such module; it has {', '.join(parts)}"

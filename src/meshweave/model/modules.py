@@ -23,12 +23,10 @@ AUDIO = "audio"
 
 @dataclass(frozen=True)
 class EncoderKind:
-    """What transformers calls the things that belong to one kind of encoder."""
+    """What transformers calls the things that belong to one encoder."""
 
     getter: str
     """Method of the base model that runs encoder and projector."""
-    output: str
-    """Key of its result in `mm_encoder_outputs`."""
     config: str
     """Key of its config in the model's."""
     given: tuple[str, ...]
@@ -36,10 +34,39 @@ class EncoderKind:
 
 
 ENCODERS = {
-    VISION: EncoderKind("get_image_features", "image", "vision_config", ("pixel_values", "image_grid_thw")),
-    AUDIO: EncoderKind("get_audio_features", "audio", "audio_config", ("input_features",)),
+    VISION: EncoderKind(
+        "get_image_features", "vision_config", ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids")
+    ),
+    AUDIO: EncoderKind("get_audio_features", "audio_config", ("input_features", "feature_attention_mask")),
 }
 """Module name to how transformers' models run it; a model has some of these."""
+
+
+@dataclass(frozen=True)
+class MediaKind:
+    """What transformers calls one kind of media."""
+
+    module: str
+    """The encoder that takes it."""
+    token: str
+    """Key of the model's config with the id of its placeholder."""
+    type: int
+    """Its number in `mm_token_type_ids`."""
+    grid: str
+    """What position ids call the sizes of its items."""
+
+
+KINDS = {
+    "image": MediaKind(VISION, "image_token_id", 1, "image_grid_thw"),
+    "video": MediaKind(VISION, "video_token_id", 2, "video_grid_thw"),
+    "audio": MediaKind(AUDIO, "audio_token_id", 3, "audio_feature_lengths"),
+}
+"""Kind to its names; in `mm_encoder_outputs` each is called what it is called here."""
+
+
+def kinds_of(encoder: str) -> tuple[str, ...]:
+    """What an encoder takes."""
+    return tuple(kind for kind, names in KINDS.items() if names.module == encoder)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,22 @@
 """Which process groups does a module's layout need? Turns placements into device meshes."""
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshweave.errors import LayoutError
 from meshweave.layout import AXES, EXPERT_AXES, Placement
 
+_MESH_AXES = ("pp", "replicas", "dp", "tp")
+
 
 def build_meshes(placements: Mapping[str, Placement], device_type: str) -> dict[str, DeviceMesh]:
-    """One mesh per module; axes of size 1 other than `dp` are left out, so that no process group is made for them.
+    """One mesh per module, for its parameters; axes of size 1 other than `dp` are left out, so that no process group is made for
+    them.
+
+    The mesh's `dp` joins the layout's `dp` and `cp`: ranks that share a sequence keep the same parameters and add up their
+    gradients, as lanes do.
 
     Every rank of the world must call this with the same placements in the same order, ranks outside a module included:
     a process group that only its members build hangs, or sums silently wrong.
@@ -25,10 +29,11 @@ def build_meshes(placements: Mapping[str, Placement], device_type: str) -> dict[
     for name, placement in placements.items():
         if list(placement.ranks) != sorted(placement.ranks):
             raise LayoutError(f"{name}: a mesh needs ascending ranks, got {placement.ranks}")
-        sizes = zip(AXES, placement.layout.sizes(), strict=True)
-        named = [(axis, size) for axis, size in sizes if size > 1 or axis == "dp"]
-        grid = torch.tensor(placement.ranks).reshape([size for _, size in named])
-        meshes[name] = DeviceMesh(device_type, grid, mesh_dim_names=tuple(axis for axis, _ in named))
+        grid = torch.tensor(placement.ranks).reshape(placement.layout.sizes())
+        joined = grid.transpose(AXES.index("dp"), AXES.index("replicas")).flatten(2, 3)
+        named = [(axis, size) for axis, size in zip(_MESH_AXES, joined.shape, strict=True) if size > 1 or axis == "dp"]
+        shape, names = [size for _, size in named], tuple(axis for axis, _ in named)
+        meshes[name] = DeviceMesh(device_type, joined.reshape(shape), mesh_dim_names=names)
     return meshes
 
 
@@ -49,11 +54,3 @@ def build_expert_meshes(placements: Mapping[str, Placement], device_type: str) -
         grid = torch.tensor(placement.ranks).reshape([size for _, size in named])
         meshes[name] = DeviceMesh(device_type, grid, mesh_dim_names=tuple(axis for axis, _ in named))
     return meshes
-
-
-def token_groups(mesh: DeviceMesh, scope: Literal["lane", "microbatch"]) -> tuple[dist.ProcessGroup, ...]:
-    """Groups over which the tokens of one lane's microbatch, or of a whole microbatch, lie in one stage of `mesh`: sums over one
-    after the other are sums over all of them."""
-    axes = ("cp", "tp") if scope == "lane" else ("dp", "cp", "tp")
-    lines = [axis_mesh(mesh, axis) for axis in axes]
-    return tuple(line.get_group() for line in lines if line is not None and line.size() > 1)

@@ -3,16 +3,29 @@
 The only file that uses transformers' tensor-parallel machinery.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer, apply_tensor_parallelism
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from transformers.distributed.tensor_parallel import (
+    ALL_PARALLEL_STYLES,
+    ColwiseParallel,
+    RowwiseParallel,
+    TensorParallelLayer,
+    apply_tensor_parallelism,
+)
 
-from meshweave.model.families.plan import PACKED_QKV, PARTIAL_GRADIENT, TensorPlan, matches
+from meshweave.errors import LayoutError
+from meshweave.model.families.plan import GATHERED_HEAD, PACKED_QKV, PARTIAL_GRADIENT, TensorPlan, matches
+
+_GATHERED, _SCATTERED, _GATHERED_COLWISE = "gathered_sequence", "rowwise_scattered", "colwise_gathered"
+"""Our styles of sequence parallelism: a block's attention or MLP gathers its input, its last product scatters the output."""
+
+_OF_EXPERTS = frozenset({"packed_colwise", "moe_tp_experts", "packed_rowwise"})
+"""Styles of experts, which sequence parallelism leaves whole: every rank has tokens of its own for them."""
 
 
 class _PackedQKV(TensorParallelLayer):
@@ -44,7 +57,24 @@ class _PackedQKV(TensorParallelLayer):
             module._parameters.update(whole)
 
 
+class _GatheredSequence(TensorParallelLayer):
+    """A module whose input `[rows, length, hidden]` is cut along the sequence: it gets all of it.
+
+    The input stays a DTensor, so that the gradients of all its uses are added up before they are scattered again.
+    """
+
+    def transform_inputs_pre_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mesh: DeviceMesh
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        whole = DTensor.from_local(hidden, mesh, [Shard(1)], run_check=False).redistribute(placements=[Replicate()])
+        return ((whole, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": whole})
+
+
 ALL_PARALLEL_STYLES.register(PACKED_QKV, _PackedQKV())  # type: ignore[arg-type]
+ALL_PARALLEL_STYLES.register(_GATHERED, _GatheredSequence())  # type: ignore[arg-type]
+ALL_PARALLEL_STYLES.register(_SCATTERED, RowwiseParallel(output_layouts=Shard(1)))  # type: ignore[arg-type]
+ALL_PARALLEL_STYLES.register(_GATHERED_COLWISE, ColwiseParallel(input_layouts=Shard(1)))  # type: ignore[arg-type]
 
 
 def tensor_parallel(module: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> list[str]:
@@ -68,3 +98,43 @@ def tensor_parallel(module: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> li
             if isinstance(owner, nn.Module):
                 setattr(owner, attribute, getattr(owner, attribute) // mesh.size())
     return partial
+
+
+def sequence_parallel(module: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> None:
+    """Splits `module` (on the meta device) over the 1D `mesh`, activations between its blocks along the sequence.
+
+    Gradients of all parameters that are not split are then partial sums over `tp` (`replicated_names`).
+
+    Raises:
+        LayoutError: the plan has a style that is not known to work on a part of the sequence.
+    """
+    concrete: dict[str, str] = {}
+    gathered: dict[str, str] = {}
+    for pattern, style in plan.rules.items():
+        if style in _OF_EXPERTS or ".experts" in pattern or style == PARTIAL_GRADIENT:
+            continue
+        known = {"colwise": "colwise", "rowwise": _SCATTERED, GATHERED_HEAD: _GATHERED_COLWISE}.get(style)
+        if known is None:
+            raise LayoutError(
+                f"the tensor-parallel plan has style {style!r} for {pattern!r}, which is not built for a sequence that is cut; "
+                "set modules.language.sequence_parallel to false"
+            )
+        found = sorted((name for name, _ in matches(module, pattern)), key=lambda name: -name.count("."))
+        concrete.update(dict.fromkeys(found, known))
+        if known == "colwise":
+            inner = [name for name, its in matches(module, pattern) if isinstance(its, nn.Module)]
+            gathered |= {name.rpartition(".")[0]: _GATHERED for name in inner}
+    apply_tensor_parallelism(module, mesh, concrete | gathered)  # type: ignore[arg-type]
+
+
+def replicated_names(parameters: Mapping[str, nn.Parameter]) -> tuple[str, ...]:
+    """Names of those parameters that every rank of `tp` holds: it neither splits them, nor are they split experts."""
+    return tuple(name for name, parameter in parameters.items() if not _split(parameter))
+
+
+def _split(parameter: nn.Parameter) -> bool:
+    if not isinstance(parameter, DTensor):
+        return False
+    axes = parameter.device_mesh.mesh_dim_names or ()
+    splits = [axis for axis, kind in zip(axes, parameter.placements, strict=True) if not kind.is_replicate()]
+    return "tp" in splits or bool({"edp", "ep", "etp"} & set(axes))

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedConfig
+from transformers import AutoProcessor, GenerationConfig, PreTrainedConfig
 
-from meshweave.model.blueprint import STORED
+from meshweave.model.blueprint import STORED, auto_class
 from meshweave.parallel.build import LocalModel
 from meshweave.train.collect import gather_led, whole_values
 from meshweave.train.world import World
@@ -17,7 +17,7 @@ def export_model(world: World, model: LocalModel, config: PreTrainedConfig, dtyp
     if world.rank != 0:
         return
     with torch.device("meta"):
-        stock = AutoModelForImageTextToText.from_config(config, dtype=STORED[dtype])
+        stock = auto_class(config).from_config(config, dtype=STORED[dtype])
     stock.load_state_dict(gathered, strict=False, assign=True)
     stock.tie_weights()
     if (source / "generation_config.json").exists():

@@ -57,6 +57,8 @@ def counts_here(parameter: nn.Parameter, placement: Placement, rank: int) -> boo
         if set(names) & set(EXPERT_AXES[1:]):
             axes = EXPERT_AXES
         sharded = {name for name, kind in zip(names, parameter.placements, strict=True) if not kind.is_replicate()}
+    if "dp" in sharded:
+        sharded.add("cp")  # the mesh's `dp` is both
     coordinate = placement.coordinate(rank, axes)
     assert coordinate is not None
     return all(index == 0 for axis, index in coordinate.items() if axis not in sharded and axis != "pp")

@@ -1,6 +1,7 @@
 """What would the plain single-process Hugging Face model have done? The reference that every layout must equal."""
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,16 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from meshweave.config import RunConfig
 from meshweave.data.dataset import Dataset
-from meshweave.model.blueprint import experts_implementation
+from meshweave.data.join import join_media
+from meshweave.model.blueprint import auto_class, implementations
 from meshweave.model.experts import routers
 from meshweave.model.frozen import frozen_names
 from meshweave.model.modules import graph_of
 from meshweave.model.routing import router_coefficient
 from meshweave.train.optimizer import build_optimizer, build_schedule
+
+_OF_VIDEOS = {"pixel_values": "pixel_values_videos", "image_grid_thw": "video_grid_thw"}
+"""What the stock forward calls the inputs of videos, which a dataset names as those of images."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,10 @@ class Oracle:
         """Starts from `weights` by full parameter name, or from the run's model folder if None."""
         model: PreTrainedModel
         config = copy.deepcopy(config)
-        chosen = {"attn_implementation": "sdpa", "experts_implementation": experts_implementation(dtype)}
         if weights is None:
-            model = AutoModelForImageTextToText.from_pretrained(run.model, config=config, dtype=dtype, **chosen)
+            model = auto_class(config).from_pretrained(run.model, config=config, dtype=dtype, **implementations(dtype))
         else:
-            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, **chosen).to(dtype)
+            model = auto_class(config).from_config(config, dtype=torch.float32, **implementations(dtype)).to(dtype)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(weights[name])
@@ -76,17 +80,10 @@ class Oracle:
             groups: the samples among whose tokens experts shall be loaded evenly, group by group.
         """
         texts = [dataset.text(sample) for sample in samples]
-        media = [dataset.media(sample, slot) for sample in samples for slot in range(len(dataset.meta(sample).media))]
         ids = pad_sequence([text for text, _ in texts], batch_first=True)
         labels = pad_sequence([label for _, label in texts], batch_first=True, padding_value=-100)
         mask = pad_sequence([torch.ones_like(text) for text, _ in texts], batch_first=True)
-        parts: dict[str, list[Tensor]] = {}
-        for item in media:
-            for key, value in item.items():
-                parts.setdefault(key, []).append(value.to(self.dtype) if value.is_floating_point() else value)
-        extra = {key: torch.cat(values) for key, values in parts.items()}
-        if "image_grid_thw" in extra:
-            extra["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
+        extra = self._media(dataset, samples) | self._types(ids)
         self.optimizer.zero_grad()
         self.logits.clear()
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
@@ -119,6 +116,28 @@ class Oracle:
             choices = functional.one_hot(probabilities.topk(self.chosen).indices, experts).to(probabilities.dtype)
             losses.append(experts * (choices.mean((0, 1)) * probabilities.mean(0)).sum())
         return (labels[rows][:, 1:] != -100).sum() * torch.stack(losses).mean()
+
+    def _media(self, dataset: Dataset, samples: Sequence[int]) -> dict[str, Tensor]:
+        """All encoder inputs, as the stock forward takes them."""
+        inputs: dict[str, Tensor] = {}
+        kinds: dict[str, list[Mapping[str, Tensor]]] = {}
+        for sample in samples:
+            for slot, item in enumerate(dataset.meta(sample).media):
+                kinds.setdefault(item.kind, []).append(dataset.media(sample, slot))
+        for kind, items in kinds.items():
+            for key, value in join_media(items).items():
+                name = _OF_VIDEOS.get(key, key) if kind == "video" else key
+                inputs[name] = value.to(self.dtype) if value.is_floating_point() else value
+        return inputs
+
+    def _types(self, ids: Tensor) -> dict[str, Tensor]:
+        """Which tokens are text, images, videos and sounds, for models that ask."""
+        types = torch.zeros_like(ids, dtype=torch.int32)
+        for number, key in enumerate(("image_token_id", "video_token_id", "audio_token_id"), start=1):
+            if (token := getattr(self.model.config, key, None)) is not None:
+                types += number * torch.eq(ids, token).int()
+        wanted = inspect.signature(type(self.model.base_model).forward).parameters
+        return {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in wanted}
 
     def update(self) -> None:
         """Clips and takes one optimizer step with the gradients of the last `backward`."""

@@ -95,7 +95,7 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
         dataset, _ = build_datasets(run, config)
     model = build_model(run, config, world.placements, world.meshes, world.rank, world.device, world.expert_meshes)
     schedule = agreed_schedule(world, run, config, dataset)
-    loader = build_loader(run, dataset, world, schedule)
+    loader = build_loader(run, dataset, world, schedule, model.part.rule)
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
     rates = build_schedule(run, optimizer)
     travel = Travel(media_widths(config), config.get_text_config().hidden_size, dtype)

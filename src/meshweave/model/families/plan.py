@@ -9,6 +9,9 @@ from torch import nn
 PARTIAL_GRADIENT = "replicated_with_grad_allreduce"
 """Style of a replicated parameter that sees only this rank's heads (Qwen3's q_norm): its gradient is a partial sum over `tp`."""
 
+GATHERED_HEAD = "colwise_gather_output"
+"""Style of a head whose vocabulary is split over `tp`."""
+
 PACKED_QKV = "packed_qkv"
 """Style (ours) of a fused query-key-value projection: parameters whole over `tp`, computed by heads."""
 
@@ -40,6 +43,20 @@ class CutPlan:
     extra_positions: int | None = None
     """Encoders with a hidden state `[items, positions, width]`: positions beside the patches; None where it is
     `[patches of all items, width]`."""
+
+
+@dataclass(frozen=True)
+class PatchPlan:
+    """How the patches of one encoder are shared out over `cp`. Names are relative to it.
+
+    Its blocks take `[patches of all items, width]` and the angles of their position embeddings, and hand further arguments on to
+    attention.
+    """
+
+    blocks: str
+    """The list of blocks."""
+    merged: tuple[str, ...]
+    """Modules that turn patches into media tokens, or into further features of these."""
 
 
 def matches(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:

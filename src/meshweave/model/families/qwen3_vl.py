@@ -2,7 +2,7 @@
 
 from transformers import Qwen3Config
 
-from meshweave.model.families.plan import PACKED_QKV, CutPlan, TensorPlan
+from meshweave.model.families.plan import PACKED_QKV, CutPlan, PatchPlan, TensorPlan
 
 _MERGER_RULES = {"linear_fc1": "colwise", "linear_fc2": "rowwise"}
 
@@ -30,3 +30,5 @@ CUTS = {
         tapped="deepstack_visual_indexes",
     )
 }
+
+PATCHES = {"qwen3_vl_vision": PatchPlan(blocks="blocks", merged=("merger", "deepstack_merger_list.*"))}
