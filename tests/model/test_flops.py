@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.models import CONFIGS
+from support.models import CONFIGS, EXPERT_CONFIGS
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
@@ -12,14 +12,16 @@ from meshweave.model.flops import count_flops
 from meshweave.model.modules import VISION, graph_of
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["llava", "llava_moe", "qwen3_vl"])
 @pytest.mark.parametrize("index", [0, 1, 3])
 def test_counted_flops_are_torchs(family: str, index: int) -> None:
-    config = CONFIGS[family]()
-    if family == "llava":
+    config = (CONFIGS | EXPERT_CONFIGS)[family]()
+    if family.startswith("llava"):
         config.vision_feature_layer = -1
-    # Eager attention: its matrix products are visible to the counter.
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    # Eager attention and experts: their matrix products are visible to the counter.
+    model = AutoModelForImageTextToText.from_config(
+        config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
     dataset = SyntheticDataset(config, 8, most_items=3)
     meta = dataset.meta(index)
     inputs = {"input_ids": dataset.text(index)[0][None]}
@@ -27,7 +29,7 @@ def test_counted_flops_are_torchs(family: str, index: int) -> None:
     if media:
         inputs |= {key: torch.cat([item[key] for item in media]) for key in media[0]}
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == config.image_token_id).int()
-    if family == "llava":
+    if family.startswith("llava"):
         inputs.pop("mm_token_type_ids", None)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**inputs)

@@ -58,12 +58,13 @@ def check_model(run: RunConfig, config: PreTrainedConfig) -> None:
             if key.endswith(("dropout", "_pdrop")) and value
         ]
     wrong += [fault for name in run.modules if name in parts for fault in expert_faults(run, graph, name, where[name].layout)]
-    if run.train.router_aux_loss and not routers(graph):
+    if not routers(graph):
         kind = config.get_text_config().model_type
-        wrong.append(
-            f"train.router_aux_loss={run.train.router_aux_loss}: a {kind} model has no experts whose load it could keep even; "
-            "take it out"
-        )
+        wrong += [
+            f"train.{key}={getattr(run.train, key)}: a {kind} model has no experts whose load it could keep even; take it out"
+            for key in ("router_aux_loss", "router_aux_scope")
+            if getattr(run.train, key) not in (None, 0, "lane")
+        ]
     wrong += _frozen_faults(run, graph)
     if wrong:
         raise ConfigError("\n".join(["the run file does not fit the model:", *(f"  {line}" for line in dict.fromkeys(wrong))]))

@@ -4,6 +4,7 @@ Of a group of tokens (one lane's microbatch, or all lanes of a microbatch; paddi
 `experts · Σ_e f_e · P_e`: f_e is the share of the group's (token, slot) pairs that went to expert e, P_e the mean probability
 that the router gave it. It is 1 where the load is even. A group counts with its number of target tokens, so that a step's loss
 is (Σ token losses + coefficient · Σ_groups targets · loss of the group) / target tokens of the step.
+Routers are taken to turn their logits into probabilities by a softmax.
 (transformers' own pools all layers and counts every slot by itself: `num_experts_per_tok` times as much where the load is even.)
 """
 
