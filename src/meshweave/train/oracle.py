@@ -35,7 +35,7 @@ class Oracle:
         if weights is None:
             model = auto_class(config).from_pretrained(run.model, config=config, dtype=dtype, **IMPLEMENTATIONS)
         else:
-            model = auto_class(config).from_config(config, dtype=torch.float32, **IMPLEMENTATIONS).to(dtype)
+            model = auto_class(config).from_config(config, dtype=dtype, **IMPLEMENTATIONS)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(weights[name])

@@ -12,14 +12,16 @@ class _KeepFloat64(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        lowers = func is torch.Tensor.to and len(args) == 2 and args[1] is torch.float32
-        if lowers and args[0].dtype == torch.float64:
-            return args[0]
+        if func in (torch.Tensor.to, torch.Tensor.float) and args[0].dtype == torch.float64:
+            # float() names no dtype; to() may name others beside it.
+            given = (*args[1:], *(kwargs or {}).values()) or (torch.float32,)
+            if torch.float32 in given:
+                return args[0]
         return func(*args, **(kwargs or {}))
 
 
 def full_precision(dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Inside it, a float64 model's `x.to(torch.float32)` does nothing; no effect on other dtypes.
+    """Inside it, a float64 model's `x.to(torch.float32)` and `x.float()` do nothing; no effect on other dtypes.
 
     A comparison at 1e-9 needs it on both sides: differences of 1e-16 would now and then round to different float32 numbers.
     """
