@@ -118,7 +118,8 @@ class Rows:
     module: str = "vision"
 
     def draw(self, random: np.random.Generator) -> Item:
-        rows, columns = (int(side) for side in random.integers(1, self.most_side + 1, size=2))
+        # transformers' model stumbles over a single token.
+        rows, columns = int(random.integers(1, self.most_side + 1)), int(random.integers(2, self.most_side + 1))
         row = (*(self.token,) * columns, self.brk)
         ids = (*(row * rows)[:-1], self.end)
         grid = (1, rows * self.merge, columns * self.merge)

@@ -20,8 +20,12 @@ STORED = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.
 TRAVELS_AS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 """Run dtype to the dtype of media tokens on the boundary."""
 
-IMPLEMENTATIONS = {"attn_implementation": "sdpa"}
-"""Which of transformers' implementations run, here and in the oracle."""
+
+def implementations(dtype: torch.dtype) -> dict[str, str]:
+    """Which of transformers' implementations of attention and experts run, here and in the oracle."""
+    # The grouped product of experts knows no float64.
+    experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    return {"attn_implementation": "sdpa"} | experts
 
 
 def read_model_config(folder: Path) -> PreTrainedConfig:
@@ -55,5 +59,5 @@ def auto_class(config: PreTrainedConfig) -> Any:
 def blueprint_of(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The whole model on the meta device: shapes and names, no memory. Raises ConfigError: as `auto_class`."""
     with torch.device("meta"):
-        model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype, **IMPLEMENTATIONS)
+        model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype, **implementations(dtype))
     return model.train()

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from meshweave.batch import MediaMeta
 from meshweave.model.cut import Cut, Wire, stage_model
 from meshweave.model.families import CUTS
+from meshweave.model.getters import getter_of
 from meshweave.model.modules import ENCODERS, ModelGraph, media_widths, module_config
 
 
@@ -28,7 +29,10 @@ class EncoderStage(nn.Module):
             self.add_module(child.rpartition(".")[2], model.get_submodule(child))
         # In a tuple, so that it is not registered as a child: FSDP shall see this module's parameters only.
         self._kind = ENCODERS[name]
-        self._features: tuple[Any, ...] = (getattr(model.base_model, self._kind.getter),)
+        self._base: tuple[Any, ...] = (model.base_model,)
+        self._loose = [path.rpartition(".")[2] for path in graph.loose.get(name, ())] if self.last else []
+        for key in self._loose:
+            self.register_parameter(key, model.base_model.get_parameter(key))
 
     def forward(self, inputs: Mapping[str, Tensor], received: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
         """Encodes media items.
@@ -46,14 +50,25 @@ class EncoderStage(nn.Module):
         if not self.first:
             # Only looked at in passing, by what runs before the blocks.
             inputs = {**inputs, self._kind.given[0]: received[0].detach()}
+        base = self._base[0]
+        for key in self._loose:
+            # FSDP shards and gathers this module's parameters only.
+            base._parameters[key] = self._parameters[key]
         try:
-            output = self._features[0](**inputs, return_dict=True)
+            output = getter_of(base, self._kind.getter)(**inputs, return_dict=True)  # type: ignore[misc]
         except Cut as cut:
             return (cut.hidden, *self._wire.received[1:], *self._wire.made)
         finally:
             self._wire.received, self._wire.made = (), []
         features = getattr(output, "deepstack_features", None) or ()
-        return tuple(torch.cat(tuple(tensors)) for tensors in (output.pooler_output, *features))
+        return tuple(_joined(tensors) for tensors in (output.pooler_output, *features))
+
+
+def _joined(tokens: Tensor | Sequence[Tensor]) -> Tensor:
+    """`[tokens, hidden]` of all items, which getters return in a list, in one tensor each, or in one tensor."""
+    if isinstance(tokens, Tensor):
+        return tokens.flatten(0, -2)
+    return torch.cat([item.flatten(0, -2) for item in tokens])
 
 
 def received_shapes(

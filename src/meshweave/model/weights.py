@@ -109,13 +109,15 @@ def _fill(target: Tensor, read: Read) -> None:
 
 
 def _units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The largest parts without a ModuleList, and the elements of ModuleLists."""
+    """The largest parts without a ModuleList, the elements of ModuleLists, and what else owns a parameter or a buffer."""
     if not any(isinstance(part, nn.ModuleList) for part in module.modules()):
         yield name, module
         return
-    own = [key for key, _ in module.named_parameters(recurse=False)] + [key for key, _ in module.named_buffers(recurse=False)]
-    if own:
-        raise CheckpointError(f"{name} owns {', '.join(own)} beside its blocks; its initialisation is not known")
+    if module._parameters or module._buffers:
+        # What it owns beside its blocks.
+        alone = copy.copy(module)
+        alone._modules = {}
+        yield name, alone
     for key, child in module.named_children():
         if isinstance(module, nn.ModuleList):
             yield f"{name}.{key}", child

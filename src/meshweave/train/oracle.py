@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from meshweave.config import RunConfig
 from meshweave.data.dataset import Dataset
 from meshweave.data.join import join_media
-from meshweave.model.blueprint import IMPLEMENTATIONS, auto_class
+from meshweave.model.blueprint import auto_class, implementations
 from meshweave.model.frozen import frozen_names
 from meshweave.model.modules import graph_of
 from meshweave.train.optimizer import build_optimizer, build_schedule
@@ -33,9 +33,9 @@ class Oracle:
         """Starts from `weights` by full parameter name, or from the run's model folder if None."""
         model: PreTrainedModel
         if weights is None:
-            model = auto_class(config).from_pretrained(run.model, config=config, dtype=dtype, **IMPLEMENTATIONS)
+            model = auto_class(config).from_pretrained(run.model, config=config, dtype=dtype, **implementations(dtype))
         else:
-            model = auto_class(config).from_config(config, dtype=dtype, **IMPLEMENTATIONS)
+            model = auto_class(config).from_config(config, dtype=dtype, **implementations(dtype))
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(weights[name])
