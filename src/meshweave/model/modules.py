@@ -5,7 +5,7 @@ given encoder outputs computed elsewhere (`mm_encoder_outputs`), merges them, bu
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,6 +180,11 @@ def media_widths(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
         deepstack = getattr(getattr(config, kind.config, None), "deepstack_visual_indexes", None) or ()
         widths[name] = (config.get_text_config().hidden_size,) * (1 + len(deepstack))
     return widths
+
+
+def side_of(size: int | Sequence[int]) -> int:
+    """The side of a square, which some configs give twice."""
+    return size if isinstance(size, int) else size[0]
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -4,14 +4,23 @@ from transformers import PreTrainedConfig
 
 from meshweave.config import LANGUAGE
 from meshweave.errors import LayoutError
-from meshweave.model.families import clip, qwen2_5_vl, qwen3_vl, siglip
+from meshweave.model.families import clip, internvl, pixtral, qwen2_5_omni, qwen2_5_vl, qwen3_vl, siglip, whisper
 from meshweave.model.families.plan import CutPlan, TensorPlan, matches
 from meshweave.model.modules import ModelGraph
 
-PLANS: dict[str, TensorPlan] = clip.PLANS | siglip.PLANS | qwen2_5_vl.PLANS | qwen3_vl.PLANS
+PLANS: dict[str, TensorPlan] = (
+    clip.PLANS
+    | siglip.PLANS
+    | internvl.PLANS
+    | pixtral.PLANS
+    | qwen2_5_vl.PLANS
+    | qwen2_5_omni.PLANS
+    | qwen3_vl.PLANS
+    | whisper.PLANS
+)
 """`model_type` of a sub-model to its tensor-parallel plan, where transformers has none."""
 
-CUTS: dict[str, CutPlan] = clip.CUTS | siglip.CUTS | qwen2_5_vl.CUTS | qwen3_vl.CUTS
+CUTS: dict[str, CutPlan] = clip.CUTS | siglip.CUTS | internvl.CUTS | qwen2_5_vl.CUTS | qwen2_5_omni.CUTS | qwen3_vl.CUTS
 """`model_type` of an encoder to where it may be cut into pipeline stages."""
 
 LANGUAGE_CUT = CutPlan(blocks="layers", before=("embed_tokens",))
@@ -41,6 +50,9 @@ def tensor_plans(graph: ModelGraph, name: str) -> dict[str, TensorPlan]:
         # A tied head stays whole on every rank, as its embedding does.
         found[next(key for key, module in graph.model.named_modules() if module is head)] = HEAD_PLAN
     for child, plan in found.items():
+        config = getattr(graph.model.get_submodule(child), "config", None)
+        if plan.unless and getattr(config, plan.unless, False):
+            raise LayoutError(f"modules.{name}: with {plan.unless} there is no tensor-parallel plan for {child}; set its tp to 1")
         for pattern in plan.rules:
             if next(matches(graph.model.get_submodule(child), pattern), None) is None:
                 raise LayoutError(
