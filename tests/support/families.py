@@ -178,6 +178,47 @@ def qwen3_5() -> PreTrainedConfig:
     )
 
 
+def _gemma4(**text: Any) -> PreTrainedConfig:
+    return _config(
+        "gemma4",
+        vision_config=TOWER
+        | {
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 16,
+        },
+        text_config=TEXT | {"head_dim": 8, "global_head_dim": 16, "sliding_window": 16} | text,
+        image_token_id=5,
+        video_token_id=6,
+        audio_token_id=7,
+        boi_token_id=8,
+        eoi_token_id=9,
+    )
+
+
+def gemma4() -> PreTrainedConfig:
+    """Patches with their places, attention of two head sizes, bidirectional in images in sliding windows only."""
+    return _gemma4(
+        num_hidden_layers=3,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=0,
+        use_bidirectional_attention="vision",
+    )
+
+
+def gemma4_e() -> PreTrainedConfig:
+    """Gemma 4's E models: embeddings of every layer, keys and values that layers share."""
+    return _gemma4(
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=96,
+        num_kv_shared_layers=2,
+    )
+
+
 FAMILIES = {
     "llava": models.llava,
     "llava_next": llava_next,
@@ -188,6 +229,8 @@ FAMILIES = {
     "qwen3_5": qwen3_5,
     "internvl": internvl,
     "gemma3": gemma3,
+    "gemma4": gemma4,
+    "gemma4_e": gemma4_e,
     "mistral3": mistral3,
     "qwen2_audio": qwen2_audio,
     "qwen2_5_omni": qwen2_5_omni,

@@ -160,6 +160,29 @@ class Patches:
 
 
 @dataclass(frozen=True)
+class PlacedPatches:
+    """Gemma 4: patches in any grid, each with its place, padded to a fixed number; `kernel`² of them make a media token."""
+
+    token: int
+    frame: Frame
+    values: int
+    """Numbers in one patch."""
+    kernel: int
+    most_side: int
+    module: str = "vision"
+
+    def draw(self, random: np.random.Generator) -> Item:
+        rows, columns = (int(side) for side in random.integers(1, self.most_side + 1, size=2))
+        height, width, longest = rows * self.kernel, columns * self.kernel, (self.most_side * self.kernel) ** 2
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        places = torch.full((1, longest, 2), -1)
+        places[0, : height * width] = torch.stack([x.flatten(), y.flatten()], dim=-1)
+        meta = MediaMeta(self.module, rows * columns, cost=float(height * width), grid=(1, height, width))
+        shapes = {"pixel_values": (1, longest, self.values)}
+        return Item(self.frame.around(self.token, rows * columns), meta, shapes, {"image_position_ids": places})
+
+
+@dataclass(frozen=True)
 class Sounds:
     """Whisper-like towers: spectrograms, of which a mask says how long they are."""
 
@@ -232,6 +255,9 @@ def _vision(config: Any, most_side: int, spare: np.ndarray) -> tuple[Media, ...]
             return (images,)
         apart = VIDEOS[config.model_type]
         return images, Patches(config.video_token_id, frame, values, merge, most_side, True, apart, int(spare[0]))
+    if vision.model_type == "gemma4_vision":
+        values, frame = 3 * vision.patch_size**2, _frame(config, "boi_token_id", "eoi_token_id")
+        return (PlacedPatches(token, frame, values, vision.pooling_kernel_size, most_side),)
     size, patch = (_side(getattr(vision, key, None)) for key in ("image_size", "patch_size"))
     if size is None or patch is None:
         return ()

@@ -21,6 +21,29 @@ _OF_VIDEOS = {"pixel_values": "pixel_values_videos", "image_grid_thw": "video_gr
 """What the stock forward calls the inputs of videos, which a dataset names as those of images."""
 
 
+def stock_batch(model: PreTrainedModel, dataset: Dataset, samples: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+    """What the stock forward of a model takes for some samples, in the model's dtype, and their labels `[samples, longest]`."""
+    texts = [dataset.text(sample) for sample in samples]
+    ids = pad_sequence([text for text, _ in texts], batch_first=True)
+    labels = pad_sequence([label for _, label in texts], batch_first=True, padding_value=-100)
+    inputs = {"input_ids": ids, "attention_mask": pad_sequence([torch.ones_like(text) for text, _ in texts], batch_first=True)}
+    kinds: dict[str, list[Mapping[str, Tensor]]] = {}
+    for sample in samples:
+        for slot, item in enumerate(dataset.meta(sample).media):
+            kinds.setdefault(item.kind, []).append(dataset.media(sample, slot))
+    for kind, items in kinds.items():
+        for key, value in join_media(items).items():
+            name = _OF_VIDEOS.get(key, key) if kind == "video" else key
+            inputs[name] = value.to(model.dtype) if value.is_floating_point() else value
+    # Which tokens are text, images, videos and sounds, for models that ask.
+    types = torch.zeros_like(ids, dtype=torch.int32)
+    for number, key in enumerate(("image_token_id", "video_token_id", "audio_token_id"), start=1):
+        if (token := getattr(model.config, key, None)) is not None:
+            types += number * torch.eq(ids, token).int()
+    wanted = inspect.signature(type(model.base_model).forward).parameters
+    return inputs | {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in wanted}, labels
+
+
 class Oracle:
     """The stock model, one process, one batch per step, no meshweave code between tokens and gradients.
 
@@ -50,13 +73,9 @@ class Oracle:
 
     def backward(self, dataset: Dataset, samples: Sequence[int]) -> tuple[float, int, dict[str, Tensor]]:
         """Loss per target token, number of target tokens, and the gradient of that loss by full parameter name."""
-        texts = [dataset.text(sample) for sample in samples]
-        ids = pad_sequence([text for text, _ in texts], batch_first=True)
-        labels = pad_sequence([label for _, label in texts], batch_first=True, padding_value=-100)
-        mask = pad_sequence([torch.ones_like(text) for text, _ in texts], batch_first=True)
-        extra = self._media(dataset, samples) | self._types(ids)
+        inputs, labels = stock_batch(self.model, dataset, samples)
         self.optimizer.zero_grad()
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
+        logits = self.model(**inputs, use_cache=False).logits
         predicted, target = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         targets = int((target != -100).sum())
         loss = functional.cross_entropy(predicted, target, ignore_index=-100, reduction="sum")
@@ -68,28 +87,6 @@ class Oracle:
             if parameter.grad is not None:
                 gradients[name] = parameter.grad.div_(max(1, targets)).clone()
         return loss.item() / max(1, targets), targets, gradients
-
-    def _media(self, dataset: Dataset, samples: Sequence[int]) -> dict[str, Tensor]:
-        """All encoder inputs, as the stock forward takes them."""
-        inputs: dict[str, Tensor] = {}
-        kinds: dict[str, list[Mapping[str, Tensor]]] = {}
-        for sample in samples:
-            for slot, item in enumerate(dataset.meta(sample).media):
-                kinds.setdefault(item.kind, []).append(dataset.media(sample, slot))
-        for kind, items in kinds.items():
-            for key, value in join_media(items).items():
-                name = _OF_VIDEOS.get(key, key) if kind == "video" else key
-                inputs[name] = value.to(self.dtype) if value.is_floating_point() else value
-        return inputs
-
-    def _types(self, ids: Tensor) -> dict[str, Tensor]:
-        """Which tokens are text, images, videos and sounds, for models that ask."""
-        types = torch.zeros_like(ids, dtype=torch.int32)
-        for number, key in enumerate(("image_token_id", "video_token_id", "audio_token_id"), start=1):
-            if (token := getattr(self.model.config, key, None)) is not None:
-                types += number * torch.eq(ids, token).int()
-        wanted = inspect.signature(type(self.model.base_model).forward).parameters
-        return {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in wanted}
 
     def update(self) -> None:
         """Clips and takes one optimizer step with the gradients of the last `backward`."""

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+_PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+
 
 class _KeepFloat64(TorchFunctionMode):
     def __torch_function__(
@@ -17,6 +19,9 @@ class _KeepFloat64(TorchFunctionMode):
             given = (*args[1:], *(kwargs or {}).values()) or (torch.float32,)
             if torch.float32 in given:
                 return args[0]
+        if func in _PRODUCTS and {arg.dtype for arg in args} == {torch.float32, torch.float64}:
+            # What was lowered on purpose meets what was made in float32.
+            args = [arg.double() for arg in args]
         return func(*args, **(kwargs or {}))
 
 

@@ -1,6 +1,8 @@
 """What differs from one Hugging Face architecture to the next: one file a family."""
 
-from transformers import PreTrainedConfig
+from collections.abc import Mapping
+
+from torch import nn
 
 from meshweave.config import LANGUAGE
 from meshweave.errors import LayoutError
@@ -40,7 +42,7 @@ def tensor_plans(graph: ModelGraph, name: str) -> dict[str, TensorPlan]:
     """
     found = {}
     for child, module in graph.of_module(name).items():
-        plan = _plan_of(getattr(module, "config", None))
+        plan = _plan_of(module)
         if plan is not None:
             found[child] = plan
     if not found:
@@ -83,9 +85,20 @@ def cut_plan(graph: ModelGraph, name: str) -> tuple[str, CutPlan]:
     raise LayoutError(f"modules.{name}: it is not known where this module may be cut into pipeline stages; set its pp to 1")
 
 
-def _plan_of(config: PreTrainedConfig | None) -> TensorPlan | None:
+def _plan_of(module: nn.Module) -> TensorPlan | None:
     """Ours, else transformers' own."""
+    config = getattr(module, "config", None)
     if config is None:
         return None
     rules = getattr(config, "base_model_tp_plan", None)
-    return PLANS.get(config.model_type) or (TensorPlan(rules=rules) if rules else None)
+    return PLANS.get(config.model_type) or (_without_alternatives(module, rules) if rules else None)
+
+
+def _without_alternatives(module: nn.Module, rules: Mapping[str, str]) -> TensorPlan:
+    """transformers' plans name experts and what a model without them has in their place: only one of the two is there."""
+
+    def part(pattern: str) -> str:
+        return "experts" if "experts" in pattern else pattern.rpartition(".")[0]
+
+    there = {part(pattern) for pattern in rules if next(matches(module, pattern), None) is not None}
+    return TensorPlan(rules={pattern: style for pattern, style in rules.items() if part(pattern) in there})
