@@ -140,6 +140,43 @@ def qwen2_5_omni() -> PreTrainedConfig:
     )
 
 
+def qwen3_omni_moe() -> PreTrainedConfig:
+    """The thinker: as Qwen2.5-Omni, with deepstack features and experts."""
+    return _config(
+        "qwen3_omni_moe_thinker",
+        audio_config={
+            "num_mel_bins": 8,
+            "encoder_layers": 3,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 64,
+            "d_model": 32,
+            "max_source_positions": 75,
+            "n_window": 50,
+            "n_window_infer": 100,
+            "downsample_hidden_size": 8,
+            "output_dim": 32,
+        },
+        vision_config=QWEN_TOWER | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
+        text_config=TEXT
+        | {
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+            "rope_parameters": MROPE,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        },
+        image_token_id=5,
+        video_token_id=6,
+        audio_token_id=7,
+        vision_start_token_id=8,
+        vision_end_token_id=9,
+        audio_start_token_id=10,
+        audio_end_token_id=11,
+        user_token_id=12,
+    )
+
+
 def qwen3_vl_moe() -> PreTrainedConfig:
     """As Qwen3-VL, with experts."""
     return _config(
@@ -234,4 +271,5 @@ FAMILIES = {
     "mistral3": mistral3,
     "qwen2_audio": qwen2_audio,
     "qwen2_5_omni": qwen2_5_omni,
+    "qwen3_omni_moe": qwen3_omni_moe,
 }

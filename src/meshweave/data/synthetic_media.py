@@ -189,6 +189,7 @@ class Sounds:
     token: int
     frame: Frame
     mels: int
+    shortest: int
     longest: int
     """Frames of a spectrogram."""
     padded: bool
@@ -198,7 +199,7 @@ class Sounds:
     module: str = "audio"
 
     def draw(self, random: np.random.Generator) -> Item:
-        length = int(random.integers(self.longest // 4, self.longest + 1))
+        length = int(random.integers(self.shortest, self.longest + 1))
         frames = self.longest if self.padded else length
         mask = (torch.arange(frames) < length).long().unsqueeze(0)
         count = self.tokens(length)
@@ -285,12 +286,22 @@ def _audio(config: Any) -> tuple[Media, ...]:
     frame = _frame(config, "audio_start_token_id", "audio_end_token_id")
     padded = audio.model_type == "qwen2_audio_encoder"
     longest = 2 * audio.max_source_positions
-    return (Sounds(config.audio_token_id, frame, audio.num_mel_bins, longest, padded, _halved_twice),)
+    shortest, tokens = longest // 4, _halved_twice
+    if audio.model_type == "qwen3_omni_moe_audio_encoder":
+        # What the model makes of a sound shorter than a chunk depends on the longest sound beside it.
+        shortest, tokens = min(2 * audio.n_window, longest), _halved_thrice
+    return (Sounds(config.audio_token_id, frame, audio.num_mel_bins, shortest, longest, padded, tokens),)
 
 
 def _halved_twice(frames: int) -> int:
     """Media tokens of a Whisper-like tower: a convolution of stride 2, then pooling by 2."""
     return ((frames - 1) // 2 + 1 - 2) // 2 + 1
+
+
+def _halved_thrice(frames: int) -> int:
+    """Media tokens of Qwen3-Omni's audio tower: three convolutions of stride 2 over chunks of 100 frames."""
+    chunks, left = divmod(frames, 100)
+    return 13 * chunks + -(-left // 8)
 
 
 def _any_resolution(config: Any, size: tuple[int, int]) -> tuple[int, int]:

@@ -3,10 +3,21 @@
 from collections.abc import Mapping
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from meshweave.config import LANGUAGE
 from meshweave.errors import LayoutError
-from meshweave.model.families import clip, internvl, pixtral, qwen2_5_omni, qwen2_5_vl, qwen3_vl, siglip, whisper
+from meshweave.model.families import (
+    clip,
+    internvl,
+    pixtral,
+    qwen2_5_omni,
+    qwen2_5_vl,
+    qwen3_omni_moe,
+    qwen3_vl,
+    siglip,
+    whisper,
+)
 from meshweave.model.families.plan import CutPlan, TensorPlan, matches
 from meshweave.model.modules import ModelGraph
 
@@ -18,11 +29,14 @@ PLANS: dict[str, TensorPlan] = (
     | qwen2_5_vl.PLANS
     | qwen2_5_omni.PLANS
     | qwen3_vl.PLANS
+    | qwen3_omni_moe.PLANS
     | whisper.PLANS
 )
 """`model_type` of a sub-model to its tensor-parallel plan, where transformers has none."""
 
-CUTS: dict[str, CutPlan] = clip.CUTS | siglip.CUTS | internvl.CUTS | qwen2_5_vl.CUTS | qwen2_5_omni.CUTS | qwen3_vl.CUTS
+CUTS: dict[str, CutPlan] = (
+    clip.CUTS | siglip.CUTS | internvl.CUTS | qwen2_5_vl.CUTS | qwen2_5_omni.CUTS | qwen3_vl.CUTS | qwen3_omni_moe.CUTS
+)
 """`model_type` of an encoder to where it may be cut into pipeline stages."""
 
 LANGUAGE_CUT = CutPlan(blocks="layers", before=("embed_tokens",))
@@ -74,6 +88,8 @@ def cut_plan(graph: ModelGraph, name: str) -> tuple[str, CutPlan]:
         plan = LANGUAGE_CUT if name == LANGUAGE else CUTS.get(getattr(config, "model_type", ""))
         if config is None or plan is None:
             continue
+        if name == LANGUAGE and (reason := stages_apart(config)) is not None:
+            raise LayoutError(f"modules.{name}: {reason}; set its pp to 1")
         there = {key for key, _ in module.named_modules()}
         lacking = sorted({plan.blocks, *plan.before, *plan.added} - there)
         if lacking:
@@ -83,6 +99,29 @@ def cut_plan(graph: ModelGraph, name: str) -> tuple[str, CutPlan]:
             )
         return child, plan
     raise LayoutError(f"modules.{name}: it is not known where this module may be cut into pipeline stages; set its pp to 1")
+
+
+def sliceable(text: PreTrainedConfig) -> str | None:
+    """Why a language model's sequence cannot be cut over ranks (`cp`, or sequence-parallel `tp`), or None where it can."""
+    kinds = sorted({kind for kind in _layer_types(text) if kind not in _LOOK_BACK})
+    return f"{text.model_type} has {' and '.join(kinds)} layers, which carry a state along the sequence" if kinds else None
+
+
+def stages_apart(text: PreTrainedConfig) -> str | None:
+    """Why a language model cannot be cut into pipeline stages, or None where it can."""
+    if getattr(text, "hidden_size_per_layer_input", 0):
+        return f"every layer of {text.model_type} takes an embedding of its own, which only the first stage could look up"
+    if getattr(text, "num_kv_shared_layers", 0):
+        return f"the last {text.num_kv_shared_layers} layers of {text.model_type} take keys and values from earlier ones"
+    return None
+
+
+_LOOK_BACK = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Layer types that see other tokens by attention alone."""
+
+
+def _layer_types(text: PreTrainedConfig) -> tuple[str, ...]:
+    return tuple(getattr(text, "layer_types", None) or ())
 
 
 def _plan_of(module: nn.Module) -> TensorPlan | None:
