@@ -14,6 +14,7 @@ from meshweave.config import RunConfig, parse_config
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import LayoutError
 from meshweave.model.check import check_model
+from meshweave.model.families import PROVEN
 from meshweave.model.modules import ENCODERS, has_encoder
 
 
@@ -63,3 +64,7 @@ def test_the_documented_table_lists_nothing_that_no_test_runs() -> None:
             assert (family, column) in (proven if error is not None else refused), (family, column)
             assert error is None or error < 1e-9
     assert (DOCS / "families.md").read_text() == markdown(table, COLUMNS)
+
+
+def test_proven_families_are_those_of_the_table() -> None:
+    assert {make().model_type for make in FAMILIES.values()} == PROVEN

@@ -68,7 +68,10 @@ class EncoderStage(nn.Module):
     def sizes(self, items: Sequence[MediaMeta], device: torch.device) -> dict[str, Tensor]:
         """What a later stage is given in place of the media: their sizes, `[items, 3]` in patches or `[items, 2]` in pixels."""
         wanted = inspect.signature(self._getter()).parameters
-        sizes = {"image_grid_thw": [item.grid for item in items], "image_sizes": [item.size for item in items]}
+        sizes: dict[str, list[tuple[int, ...] | None]] = {
+            "image_grid_thw": [item.grid for item in items],
+            "image_sizes": [item.size for item in items],
+        }
         return {
             name: torch.tensor(values, device=device) for name, values in sizes.items() if name in wanted and None not in values
         }

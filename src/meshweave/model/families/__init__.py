@@ -42,8 +42,25 @@ CUTS: dict[str, CutPlan] = (
 LANGUAGE_CUT = CutPlan(blocks="layers", before=("embed_tokens",))
 """transformers' text models are built alike."""
 
-PROVEN = frozenset({"llava", "qwen2_5_vl", "qwen3_vl"})
-"""`model_type`s that the tests verify; others take the generic path."""
+PROVEN = frozenset(
+    {
+        "gemma3",
+        "gemma4",
+        "internvl",
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "mistral3",
+        "qwen2_5_omni_thinker",
+        "qwen2_5_vl",
+        "qwen2_audio",
+        "qwen3_5",
+        "qwen3_omni_moe_thinker",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+    }
+)
+"""`model_type`s that the tests verify (docs/families.md); others take the generic path."""
 
 HEAD_PLAN = TensorPlan(rules={"": "colwise_gather_output"})
 
