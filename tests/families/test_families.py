@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from support.families import FAMILIES
 from support.models import write_model_folder
-from support.runs import verified
+from support.runs import module, verified
 
 from families.cases import COLUMNS, FORMS, REFUSED, Form, cases
 from families.table import DOCS, markdown, record
@@ -16,6 +18,8 @@ from meshweave.errors import LayoutError
 from meshweave.model.check import check_model
 from meshweave.model.families import PROVEN
 from meshweave.model.modules import ENCODERS, has_encoder
+from meshweave.train.trainer import train
+from meshweave.train.world import launch
 
 
 def run_in(form: Form, family: str, folder: Path) -> RunConfig:
@@ -53,6 +57,26 @@ def test_what_a_family_cannot_do_is_refused_in_one_message(family: str, form: st
         check_model(run_in(FORMS[form], family, tmp_path), FAMILIES[family]())
     assert "set its pp to 1" in str(caught.value) or "set its tp to 1" in str(caught.value)
     record(family, form, (column,), [], None)
+
+
+def test_what_a_model_stores_beside_parameters_is_read_and_written(tmp_path: Path) -> None:
+    """Gemma 4 scales every layer by a stored buffer."""
+    config = FAMILIES["gemma4"]()
+    folder = write_model_folder(config, tmp_path / "model", weights=True)
+    tree = {
+        "model": str(folder),
+        "modules": {"vision": module("0"), "language": module("0")},
+        "data": {"source": "synthetic"},
+        "train": {"steps": 1, "batch_size": 4, "lr": 1e-3},
+        "output": str(tmp_path / "out"),
+    }
+    summary = launch(parse_config(tree), lambda world, run: train(world, run, config))
+    assert summary is not None
+    before, after = (load_file(path / "model.safetensors") for path in (folder, summary.model))
+    scales = [name for name in before if "layer_scalar" in name]
+    assert len(scales) == 3
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in scales)
 
 
 def test_the_documented_table_lists_nothing_that_no_test_runs() -> None:

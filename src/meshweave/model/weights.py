@@ -59,7 +59,8 @@ def fill_seeded(targets: Mapping[str, Tensor], blueprint: PreTrainedModel, seed:
 
 
 def fill_pretrained(targets: Mapping[str, Tensor], blueprint: PreTrainedModel, folder: Path) -> None:
-    """Fills parameters from a model folder's safetensors, reading only this rank's slices; buffers as transformers builds them.
+    """Fills parameters, and buffers that are stored, from a model folder's safetensors, reading only this rank's slices; other
+    buffers as transformers builds them.
 
     Arguments as for `fill_seeded`.
 
@@ -74,9 +75,10 @@ def fill_pretrained(targets: Mapping[str, Tensor], blueprint: PreTrainedModel, f
         for key, value in _initialised(blueprint, unit, name, None).items():
             if key in targets:
                 _fill(targets[key], partial(local_part, full=value))
-    for key, parameter in blueprint.named_parameters():
+    stored = [(key, buffer) for key, buffer in blueprint.named_buffers() if key in sources]
+    for key, value in (*blueprint.named_parameters(), *stored):
         if key in targets:
-            _fill(targets[key], _reader(sources, key, tuple(parameter.shape), folder))
+            _fill(targets[key], _reader(sources, key, tuple(value.shape), folder))
 
 
 def check_weights(blueprint: PreTrainedModel, folder: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from meshweave.config import RunConfig
 from meshweave.data.dataset import Dataset
 from meshweave.data.join import join_media
-from meshweave.model.blueprint import auto_class, implementations
+from meshweave.model.blueprint import auto_class, blueprint_of, implementations
 from meshweave.model.frozen import frozen_names
 from meshweave.model.modules import graph_of
 from meshweave.train.optimizer import build_optimizer, build_schedule
@@ -63,6 +63,9 @@ class Oracle:
                 for name, parameter in model.named_parameters():
                     parameter.copy_(weights[name])
         self.model, self.run, self.dtype = model.train(), run, dtype
+        for name, parameter in blueprint_of(config, dtype).named_parameters():
+            if not parameter.requires_grad:  # what the model's own code freezes, and from_pretrained forgets
+                model.get_parameter(name).requires_grad_(False)
         graph = graph_of(model)
         for module, options in run.modules.items():
             parameters = graph.parameters(module)
