@@ -10,6 +10,7 @@ from meshweave.config import LANGUAGE
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.model.flops import count_flops
 from meshweave.model.modules import VISION, graph_of
+from meshweave.train.oracle import stock_batch
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_moe", "qwen3_vl"])
@@ -24,13 +25,7 @@ def test_counted_flops_are_torchs(family: str, index: int) -> None:
     )
     dataset = SyntheticDataset(config, 8, most_items=3)
     meta = dataset.meta(index)
-    inputs = {"input_ids": dataset.text(index)[0][None]}
-    media = [dataset.media(index, slot) for slot in range(len(meta.media))]
-    if media:
-        inputs |= {key: torch.cat([item[key] for item in media]) for key in media[0]}
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == config.image_token_id).int()
-    if family.startswith("llava"):
-        inputs.pop("mm_token_type_ids", None)
+    inputs, _ = stock_batch(model, dataset, [index])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**inputs)
     graph = graph_of(model)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.families import FAMILIES
 from support.models import CONFIGS
 from transformers import (
     LlamaConfig,
@@ -15,11 +16,12 @@ from transformers import (
 
 from meshweave.config import parse_config
 from meshweave.data.synthetic import SyntheticDataset
-from meshweave.model.blueprint import blueprint_of
+from meshweave.model.blueprint import auto_class, blueprint_of
 from meshweave.model.check import check_model
 from meshweave.model.modules import graph_of
 from meshweave.model.shrink import VOCABULARY, shrink, shrink_run
 from meshweave.model.stages import stage_cuts
+from meshweave.train.oracle import stock_batch
 
 LARGE = {
     "llava": LlavaConfig(text_config=LlamaConfig(hidden_size=8192, num_attention_heads=64, num_key_value_heads=8)),
@@ -53,6 +55,17 @@ def test_random_samples_fit_the_small_vocabulary(config: PreTrainedConfig) -> No
     ids = [token for index in range(8) for token in SyntheticDataset(small, 8).text(index)[0].tolist()]
     assert max(ids) < VOCABULARY
     assert small.image_token_id in ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shrunk_model_of_any_family_takes_its_samples(family: str) -> None:
+    small = shrink(FAMILIES[family](), {"language": 2})
+    model = auto_class(small).from_config(small, dtype=torch.float32)
+    inputs, _ = stock_batch(model, SyntheticDataset(small, 4, most_items=3), [0, 1, 2, 3])
+    assert model(**inputs, use_cache=False).logits.isfinite().all()
+    assert small.get_text_config().vocab_size == VOCABULARY
+    types = getattr(FAMILIES[family]().get_text_config(), "layer_types", None) or ()
+    assert set(types) == set(getattr(small.get_text_config(), "layer_types", None) or ())
 
 
 @pytest.mark.parametrize("name", LARGE)

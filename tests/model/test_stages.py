@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, Gemma3TextConfig, LlavaCon
 
 from meshweave.batch import MediaMeta
 from meshweave.config import LANGUAGE, RunConfig, parse_config
+from meshweave.data.join import join_media
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import LayoutError
 from meshweave.model.blueprint import blueprint_of
@@ -26,6 +27,7 @@ from meshweave.model.modules import VISION, ModelGraph, graph_of
 from meshweave.model.parts import parts_of
 from meshweave.model.stages import cut_blocks, stage_costs, stage_cuts
 from meshweave.sequence.grid import UNCUT, lay_out
+from meshweave.train.oracle import stock_batch
 
 VISION_LAYERS, LANGUAGE_LAYERS = 4, 5
 TEXT_ONLY, IMAGES = (1, 5), (0, 1, 2, 3)
@@ -73,18 +75,24 @@ def stock(family: str) -> PreTrainedModel:
     return model.train()
 
 
+class Images(SyntheticDataset):
+    """Without videos: the stock model encodes these apart, which sums gradients in another order."""
+
+    def __init__(self, config: PreTrainedConfig, samples: int) -> None:
+        super().__init__(config, samples)
+        self._media = self._media[:1]
+
+
 class Batch:
     """Padded texts, and the media of all of them."""
 
     def __init__(self, config: PreTrainedConfig, samples: Sequence[int]) -> None:
-        data = SyntheticDataset(config, 8)
+        data = Images(config, 8)
         texts = [data.text(sample) for sample in samples]
         self.ids = pad_sequence([ids for ids, _ in texts], batch_first=True)
         self.labels = pad_sequence([labels for _, labels in texts], batch_first=True, padding_value=-100)
         self.items: list[MediaMeta] = [item for sample in samples for item in data.meta(sample).media]
-        media = [data.media(sample, slot) for sample in samples for slot in range(len(data.meta(sample).media))]
-        self.inputs = {key: torch.cat([item[key] for item in media]) for key in (media[0] if media else ())}
-        self.grids = self.inputs.get("image_grid_thw")
+        self.inputs = join_media([data.media(sample, slot) for sample in samples for slot in range(len(data.meta(sample).media))])
         self.grid = lay_out([data.meta(sample) for sample in samples], UNCUT)
 
 
@@ -92,11 +100,9 @@ class Batch:
 def expected(family: str, samples: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of the stock model, not cut."""
     model = copy.deepcopy(stock(family))
-    batch = Batch(model.config, samples)
-    extra = dict(batch.inputs)
-    if batch.grids is not None:
-        extra["mm_token_type_ids"] = (batch.ids == model.config.image_token_id).int()
-    loss = token_loss(model(input_ids=batch.ids, use_cache=False, **extra).logits, next_tokens(batch.labels))
+    inputs, labels = stock_batch(model, Images(model.config, 8), samples)
+    del inputs["attention_mask"]  # bit for bit: attention with a mask rounds otherwise
+    loss = token_loss(model(**inputs, use_cache=False).logits, next_tokens(labels))
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -199,7 +205,7 @@ def test_a_failed_forward_leaves_nothing_behind() -> None:
     vision, language = even(VISION_LAYERS, 2), (range(2), range(2, LANGUAGE_LAYERS))
     stage = EncoderStage(graph, VISION, vision[1])
     with pytest.raises(RuntimeError):
-        stage({"image_grid_thw": batch.grids}, (torch.zeros(3, 5), torch.zeros(3, 5), torch.zeros(3, 5)))
+        stage({"image_grid_thw": batch.inputs["image_grid_thw"]}, (torch.zeros(3, 5), torch.zeros(3, 5), torch.zeros(3, 5)))
     loss, _ = run_cut(graph, batch, vision, language)
     assert torch.equal(loss, expected("qwen3_vl", IMAGES)[0])
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.families import FAMILIES
 from support.models import CONFIGS, EXPERT_CONFIGS, write_model_folder
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from meshweave.errors import CheckpointError
-from meshweave.model.blueprint import blueprint_of, read_model_config
+from meshweave.model.blueprint import auto_class, blueprint_of, read_model_config
 from meshweave.model.weights import check_weights, fill_pretrained, fill_seeded, materialise
 
 
@@ -43,6 +44,13 @@ def test_a_folder_loads_as_from_pretrained_loads_it(family: str, shard: str, tmp
     stock.save_pretrained(tmp_path / "many", max_shard_size=shard)
     assert (len(list((tmp_path / "many").glob("*.safetensors"))) > 1) == (shard == "40KB")
     assert_same(filled(tmp_path / "many", None), stock)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - CONFIGS.keys() - {"qwen3_vl_moe", "qwen3_omni_moe"}))
+def test_a_folder_of_any_family_loads_as_from_pretrained_loads_it(family: str, tmp_path: Path) -> None:
+    config = FAMILIES[family]()
+    write_model_folder(config, tmp_path, weights=True)
+    assert_same(filled(tmp_path, None), auto_class(config).from_pretrained(tmp_path, dtype=torch.float32))
 
 
 def test_the_key_names_of_older_llava_checkpoints_are_understood(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlavaConfig,
     MixtralConfig,
@@ -18,6 +17,8 @@ from transformers import (
     Qwen3VLMoeConfig,
     SiglipVisionConfig,
 )
+
+from meshweave.model.blueprint import auto_class
 
 QWEN_VL_TOKENS = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
 
@@ -182,10 +183,14 @@ def write_model_folder(config: PreTrainedConfig, folder: Path, *, weights: bool 
     if weights:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
-            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+            model = auto_class(config).from_config(config, dtype=torch.float32)
             for parameter in model.parameters():
                 # Biases and norms too: zeros and ones would hide a wrong slice.
                 torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.1)
+            stored = model.state_dict().keys()
+            for name, buffer in model.named_buffers():
+                if name in stored:
+                    buffer.uniform_(0.5, 1.5)
             model.save_pretrained(folder)
     else:
         config.save_pretrained(folder)

@@ -118,7 +118,8 @@ class Rows:
     module: str = "vision"
 
     def draw(self, random: np.random.Generator) -> Item:
-        rows, columns = (int(side) for side in random.integers(1, self.most_side + 1, size=2))
+        # transformers' model stumbles over a single token.
+        rows, columns = int(random.integers(1, self.most_side + 1)), int(random.integers(2, self.most_side + 1))
         row = (*(self.token,) * columns, self.brk)
         ids = (*(row * rows)[:-1], self.end)
         grid = (1, rows * self.merge, columns * self.merge)
@@ -159,12 +160,36 @@ class Patches:
 
 
 @dataclass(frozen=True)
+class PlacedPatches:
+    """Gemma 4: patches in any grid, each with its place, padded to a fixed number; `kernel`² of them make a media token."""
+
+    token: int
+    frame: Frame
+    values: int
+    """Numbers in one patch."""
+    kernel: int
+    most_side: int
+    module: str = "vision"
+
+    def draw(self, random: np.random.Generator) -> Item:
+        rows, columns = (int(side) for side in random.integers(1, self.most_side + 1, size=2))
+        height, width, longest = rows * self.kernel, columns * self.kernel, (self.most_side * self.kernel) ** 2
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        places = torch.full((1, longest, 2), -1)
+        places[0, : height * width] = torch.stack([x.flatten(), y.flatten()], dim=-1)
+        meta = MediaMeta(self.module, rows * columns, cost=float(height * width), grid=(1, height, width))
+        shapes = {"pixel_values": (1, longest, self.values)}
+        return Item(self.frame.around(self.token, rows * columns), meta, shapes, {"image_position_ids": places})
+
+
+@dataclass(frozen=True)
 class Sounds:
     """Whisper-like towers: spectrograms, of which a mask says how long they are."""
 
     token: int
     frame: Frame
     mels: int
+    shortest: int
     longest: int
     """Frames of a spectrogram."""
     padded: bool
@@ -174,7 +199,7 @@ class Sounds:
     module: str = "audio"
 
     def draw(self, random: np.random.Generator) -> Item:
-        length = int(random.integers(self.longest // 4, self.longest + 1))
+        length = int(random.integers(self.shortest, self.longest + 1))
         frames = self.longest if self.padded else length
         mask = (torch.arange(frames) < length).long().unsqueeze(0)
         count = self.tokens(length)
@@ -231,6 +256,9 @@ def _vision(config: Any, most_side: int, spare: np.ndarray) -> tuple[Media, ...]
             return (images,)
         apart = VIDEOS[config.model_type]
         return images, Patches(config.video_token_id, frame, values, merge, most_side, True, apart, int(spare[0]))
+    if vision.model_type == "gemma4_vision":
+        values, frame = 3 * vision.patch_size**2, _frame(config, "boi_token_id", "eoi_token_id")
+        return (PlacedPatches(token, frame, values, vision.pooling_kernel_size, most_side),)
     size, patch = (_side(getattr(vision, key, None)) for key in ("image_size", "patch_size"))
     if size is None or patch is None:
         return ()
@@ -258,12 +286,22 @@ def _audio(config: Any) -> tuple[Media, ...]:
     frame = _frame(config, "audio_start_token_id", "audio_end_token_id")
     padded = audio.model_type == "qwen2_audio_encoder"
     longest = 2 * audio.max_source_positions
-    return (Sounds(config.audio_token_id, frame, audio.num_mel_bins, longest, padded, _halved_twice),)
+    shortest, tokens = longest // 4, _halved_twice
+    if audio.model_type == "qwen3_omni_moe_audio_encoder":
+        # What the model makes of a sound shorter than a chunk depends on the longest sound beside it.
+        shortest, tokens = min(2 * audio.n_window, longest), _halved_thrice
+    return (Sounds(config.audio_token_id, frame, audio.num_mel_bins, shortest, longest, padded, tokens),)
 
 
 def _halved_twice(frames: int) -> int:
     """Media tokens of a Whisper-like tower: a convolution of stride 2, then pooling by 2."""
     return ((frames - 1) // 2 + 1 - 2) // 2 + 1
+
+
+def _halved_thrice(frames: int) -> int:
+    """Media tokens of Qwen3-Omni's audio tower: three convolutions of stride 2 over chunks of 100 frames."""
+    chunks, left = divmod(frames, 100)
+    return 13 * chunks + -(-left // 8)
 
 
 def _any_resolution(config: Any, size: tuple[int, int]) -> tuple[int, int]:

@@ -22,9 +22,11 @@ TRAVELS_AS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": t
 """Run dtype to the dtype of media tokens on the boundary."""
 
 
-def implementations(dtype: torch.dtype) -> dict[str, str | None]:
-    """Which of transformers' implementations run in a dtype, here and in the oracle; its fastest experts know no float64."""
-    return {"attn_implementation": "sdpa", "experts_implementation": "eager" if dtype == torch.float64 else None}
+def implementations(dtype: torch.dtype) -> dict[str, str]:
+    """Which of transformers' implementations of attention and experts run, here and in the oracle."""
+    # The grouped product of experts knows no float64.
+    experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    return {"attn_implementation": "sdpa"} | experts
 
 
 def read_model_config(folder: Path) -> PreTrainedConfig:

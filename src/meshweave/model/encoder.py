@@ -1,6 +1,7 @@
 """How does one stage of an encoder run, and what does it receive?"""
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -11,7 +12,8 @@ from transformers import PreTrainedConfig
 from meshweave.batch import MediaMeta
 from meshweave.model.cut import Cut, Wire, stage_model
 from meshweave.model.families import CUTS
-from meshweave.model.modules import ENCODERS, ModelGraph, media_widths, module_config
+from meshweave.model.getters import getter_of
+from meshweave.model.modules import ENCODERS, ModelGraph, media_widths, module_config, side_of
 
 
 class EncoderStage(nn.Module):
@@ -28,7 +30,10 @@ class EncoderStage(nn.Module):
             self.add_module(child.rpartition(".")[2], model.get_submodule(child))
         # In a tuple, so that it is not registered as a child: FSDP shall see this module's parameters only.
         self._kind = ENCODERS[name]
-        self._features: tuple[Any, ...] = (getattr(model.base_model, self._kind.getter),)
+        self._base: tuple[Any, ...] = (model.base_model,)
+        self._loose = [path.rpartition(".")[2] for path in graph.loose.get(name, ())] if self.last else []
+        for key in self._loose:
+            self.register_parameter(key, model.base_model.get_parameter(key))
 
     def forward(self, inputs: Mapping[str, Tensor], received: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
         """Encodes media items.
@@ -44,16 +49,44 @@ class EncoderStage(nn.Module):
         """
         self._wire.received = tuple(received)
         if not self.first:
-            # Only looked at in passing, by what runs before the blocks.
-            inputs = {**inputs, self._kind.given[0]: received[0].detach()}
+            # Only looked at in passing, by what runs before the blocks; some count its dims.
+            looked_at = received[0].detach()
+            inputs = {**inputs, self._kind.given[0]: looked_at[(..., *[None] * (4 - looked_at.ndim))]}
+        base = self._base[0]
+        for key in self._loose:
+            # FSDP shards and gathers this module's parameters only.
+            base._parameters[key] = self._parameters[key]
         try:
-            output = self._features[0](**inputs, return_dict=True)
+            output = self._getter()(**inputs, return_dict=True)
         except Cut as cut:
             return (cut.hidden, *self._wire.received[1:], *self._wire.made)
         finally:
             self._wire.received, self._wire.made = (), []
         features = getattr(output, "deepstack_features", None) or ()
-        return tuple(torch.cat(tuple(tensors)) for tensors in (output.pooler_output, *features))
+        return tuple(_joined(tensors) for tensors in (output.pooler_output, *features))
+
+    def sizes(self, items: Sequence[MediaMeta], device: torch.device) -> dict[str, Tensor]:
+        """What a later stage is given in place of the media: their sizes, `[items, 3]` in patches or `[items, 2]` in pixels."""
+        wanted = inspect.signature(self._getter()).parameters
+        sizes: dict[str, list[tuple[int, ...] | None]] = {
+            "image_grid_thw": [item.grid for item in items],
+            "image_sizes": [item.size for item in items],
+        }
+        return {
+            name: torch.tensor(values, device=device) for name, values in sizes.items() if name in wanted and None not in values
+        }
+
+    def _getter(self) -> Callable[..., Any]:
+        found = getter_of(self._base[0], self._kind.getter)
+        assert found is not None  # graph_of has found it
+        return found
+
+
+def _joined(tokens: Tensor | Sequence[Tensor]) -> Tensor:
+    """`[tokens, hidden]` of all items, which getters return in a list, in one tensor each, or in one tensor."""
+    if isinstance(tokens, Tensor):
+        return tokens.flatten(0, -2)
+    return torch.cat([item.flatten(0, -2) for item in tokens])
 
 
 def received_shapes(
@@ -61,8 +94,8 @@ def received_shapes(
 ) -> tuple[tuple[int, ...], ...]:
     """Shapes of what the encoder stage of `blocks` receives from the one before it, for a pass over `items`.
 
-    The hidden state is `[patches of all items, width]` or `[items, positions, width]`, as the family has it; each deepstack
-    feature is `[media tokens, hidden]`.
+    The hidden state is `[patches of all items, width]` or `[squares of all items, positions, width]`, as the family has it; each
+    deepstack feature is `[media tokens, hidden]`.
     """
     if blocks.start == 0:
         return ()
@@ -71,8 +104,8 @@ def received_shapes(
     if plan.extra_positions is None:
         hidden: tuple[int, ...] = (sum(prod(item.grid or ()) for item in items), vision.hidden_size)
     else:
-        positions = (vision.image_size // vision.patch_size) ** 2 + plan.extra_positions
-        hidden = (len(items), positions, vision.hidden_size)
+        positions = (side_of(vision.image_size) // side_of(vision.patch_size)) ** 2 + plan.extra_positions
+        hidden = (sum(item.grid[0] if item.grid else 1 for item in items), positions, vision.hidden_size)
     tapped = getattr(vision, plan.tapped) if plan.tapped else ()
     tokens = sum(item.tokens for item in items)
     widths = media_widths(config)[encoder][1:]

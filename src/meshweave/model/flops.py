@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from math import prod
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from meshweave.batch import MediaMeta
 from meshweave.config import LANGUAGE
@@ -35,7 +34,8 @@ class ModuleFlops:
 
     def item(self, meta: MediaMeta) -> int:
         """Forward FLOPs of an encoder for one media item; frames attend within themselves."""
-        frames, *sides = meta.grid or (1, meta.tokens)
+        grid = meta.grid or (meta.tokens,)
+        frames, *sides = grid if len(grid) > 1 else (1, *grid)
         patches = prod(sides)
         return frames * (self.per_token * patches + self.per_pair * patches**2) + self.per_output * meta.tokens
 
@@ -54,7 +54,7 @@ def count_flops(graph: ModelGraph, name: str) -> ModuleFlops:
                     per_token += _product(part, parameter)
                 else:
                     per_output += _product(part, parameter)
-    return ModuleFlops(per_token, per_output, 4 * len(blocks) * _attention_width(graph.model, name))
+    return ModuleFlops(per_token, per_output, 4 * sum(_attention_width(graph, name, block) for block in blocks))
 
 
 def product_flops(module: nn.Module) -> int:
@@ -75,10 +75,12 @@ def _product(part: nn.Module, parameter: nn.Parameter) -> int:
     return 2 * parameter.numel()
 
 
-def _attention_width(model: PreTrainedModel, name: str) -> int:
-    if name != LANGUAGE:
-        width: int = module_config(model.config, name).hidden_size
-        return width
-    text = model.config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return text.num_attention_heads * head_dim
+def _attention_width(graph: ModelGraph, name: str, block: nn.Module) -> int:
+    """Of what a block's attention weighs: all heads together; 0 where its cost does not grow with pairs (linear attention)."""
+    if name == LANGUAGE:
+        attention = getattr(block, "self_attn", None)
+        output = getattr(attention, "o_proj", None)
+        if attention is None or isinstance(output, nn.Linear):
+            return 0 if attention is None else output.in_features  # type: ignore[union-attr]
+    width: int = module_config(graph.model.config, name).hidden_size
+    return width

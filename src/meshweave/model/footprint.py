@@ -135,6 +135,8 @@ def _of_stages(
         if any(block in blocks for blocks in stages)
         for key, _ in graph.model.get_submodule(path).named_parameters()
     }
+    if any(blocks.stop == len(graph.blocks(name)) for blocks in stages):
+        own |= set(graph.loose.get(name, ()))
     return {key: value for key, value in parameters.items() if key in own}
 
 

@@ -5,7 +5,8 @@ given encoder outputs computed elsewhere (`mm_encoder_outputs`), merges them, bu
 """
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from meshweave.config import LANGUAGE
 from meshweave.errors import LayoutError
+from meshweave.model.getters import getter_of
 
 VISION = "vision"
 """Name of the module that encodes images."""
@@ -76,6 +78,8 @@ class ModelGraph:
     model: PreTrainedModel
     children: dict[str, tuple[str, ...]]
     """Module name to the full names of the sub-modules it consists of."""
+    loose: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Module name to the full names of parameters that it has beside these: the base model's own."""
 
     def of_module(self, name: str) -> dict[str, nn.Module]:
         """Full name to sub-module, for one module."""
@@ -83,8 +87,8 @@ class ModelGraph:
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Full name to parameter, for one module; tied parameters once."""
-        prefixes = tuple(f"{child}." for child in self.children[name])
-        return {key: value for key, value in self.model.named_parameters() if key.startswith(prefixes)}
+        prefixes, loose = tuple(f"{child}." for child in self.children[name]), self.loose.get(name, ())
+        return {key: value for key, value in self.model.named_parameters() if key.startswith(prefixes) or key in loose}
 
     def blocks(self, name: str) -> list[nn.Module]:
         """The transformer blocks of one module, as transformers names their classes."""
@@ -96,37 +100,59 @@ class ModelGraph:
 
 
 def graph_of(model: PreTrainedModel) -> ModelGraph:
-    """Finds the modules of a transformers model with an image encoder, and perhaps an audio encoder, before a language model.
+    """Finds the modules of a transformers model with encoders of images, of sound or of both, before a language model.
 
     Raises:
         LayoutError: the model has no separate encoder, or what an encoder needs is not known.
     """
     base: Any = model.base_model
     where = f"{type(model).__name__}"
-    if base is model or not hasattr(base, "language_model") or not hasattr(base, "get_image_features"):
+    encoders = {} if base is model else _encoders(base)
+    if not encoders or not hasattr(base, "language_model"):
         raise LayoutError(
-            f"{where}: meshweave needs a model whose base has `language_model` and `get_image_features`; this one lacks them"
+            f"{where}: meshweave needs a model whose base has `language_model` and {' or '.join(_GETTERS)}; this one lacks them"
         )
-    if "mm_encoder_outputs" not in inspect.signature(type(base).forward).parameters:
+    if VISION in encoders and "mm_encoder_outputs" not in inspect.signature(type(base).forward).parameters:
         raise LayoutError(f"{where}: its forward does not accept encoder outputs computed elsewhere (`mm_encoder_outputs`)")
-    encoders = [name for name, kind in ENCODERS.items() if hasattr(base, kind.getter)]
-    for name in encoders:
-        needed = inspect.signature(getattr(base, ENCODERS[name].getter)).parameters.values()
+    for name, getter in encoders.items():
         given = ("self", *ENCODERS[name].given)
+        needed = inspect.signature(getter).parameters.values()
         lacking = [p.name for p in needed if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in given]
         if lacking:
             raise LayoutError(f"{where}: its {name} encoder also wants {', '.join(lacking)}, which is not built yet")
-    prefix = model.base_model_prefix
+    prefix, first = model.base_model_prefix, next(iter(encoders))
     names = [name for name, child in base.named_children() if name != "language_model" and _has_parameters(child)]
     heads = [name for name, child in model.named_children() if child is not base and _has_parameters(child)]
-    owner = {name: next((encoder for encoder in encoders if encoder in name), encoders[0]) for name in names}
+    owner = {name: next((encoder for encoder in encoders if encoder in name), first) for name in names}
     children = {encoder: tuple(f"{prefix}.{name}" for name in names if owner[name] == encoder) for encoder in encoders}
-    graph = ModelGraph(model, {**children, LANGUAGE: (f"{prefix}.language_model", *heads)})
+    # What the base model itself owns (LLaVA-NeXT's `image_newline`) goes among media tokens.
+    loose = {first: tuple(f"{prefix}.{name}" for name, _ in base.named_parameters(recurse=False))}
+    graph = ModelGraph(model, {**children, LANGUAGE: (f"{prefix}.language_model", *heads)}, loose)
     held = {name for module in graph.children for name in graph.parameters(module)}
-    loose = sorted(set(model.state_dict(keep_vars=True)) - held - tied_names(model))
-    if loose:
-        raise LayoutError(f"{where}: {', '.join(loose)} belongs to no module, which is not built yet")
+    held |= {
+        f"{path}.{key}"
+        for name in graph.children
+        for path, part in graph.of_module(name).items()
+        for key, _ in part.named_buffers()
+    }
+    lost = sorted(set(model.state_dict(keep_vars=True)) - held - tied_names(model))
+    if lost:
+        raise LayoutError(f"{where}: {', '.join(lost)} belongs to no module, which is not built yet")
     return graph
+
+
+_GETTERS = tuple(f"`{kind.getter}`" for kind in ENCODERS.values())
+
+
+def _encoders(base: Any) -> dict[str, Callable[..., Any]]:
+    """Encoder to what runs it, without those that the config leaves out."""
+    found = {name: getter_of(base, kind.getter) for name, kind in ENCODERS.items() if has_encoder(base.config, name)}
+    return {name: getter for name, getter in found.items() if getter is not None}
+
+
+def has_encoder(config: PreTrainedConfig, name: str) -> bool:
+    """Whether a model's config describes this encoder."""
+    return getattr(config, ENCODERS[name].config, None) is not None
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:
@@ -154,6 +180,11 @@ def media_widths(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
         deepstack = getattr(getattr(config, kind.config, None), "deepstack_visual_indexes", None) or ()
         widths[name] = (config.get_text_config().hidden_size,) * (1 + len(deepstack))
     return widths
+
+
+def side_of(size: int | Sequence[int]) -> int:
+    """The side of a square, which some configs give twice."""
+    return size if isinstance(size, int) else size[0]
 
 
 def _has_parameters(module: nn.Module) -> bool:

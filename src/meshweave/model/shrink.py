@@ -1,14 +1,17 @@
 """What is the smallest model of the same architecture? For checking the layout of a large run on a laptop."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from meshweave.config import LANGUAGE, RunConfig
-from meshweave.model.modules import VISION
+from meshweave.model.modules import ENCODERS, has_encoder
 from meshweave.model.stages import stage_count
 
 VOCABULARY = 256
+PATCH = 4
+_SQUARE = 4 * PATCH  # pixels a side of an image, where that is fixed
 
 
 def shrink_run(run: RunConfig, config: PreTrainedConfig) -> tuple[RunConfig, PreTrainedConfig]:
@@ -16,28 +19,39 @@ def shrink_run(run: RunConfig, config: PreTrainedConfig) -> tuple[RunConfig, Pre
 
     `layers` are left out: their sums are those of the large model, so the small one is cut anew.
     """
-    stages, slices = {name: stage_count(run, name) for name in (VISION, LANGUAGE)}, run.modules[LANGUAGE].etp
-    small = shrink(config, vision_stages=stages[VISION], language_stages=stages[LANGUAGE], slices=slices)
+    small = shrink(config, {name: stage_count(run, name) for name in run.modules}, run.modules[LANGUAGE].etp)
     modules = {name: module.model_copy(update={"layers": None}) for name, module in run.modules.items()}
     return run.model_copy(update={"weights": "seeded", "data": None, "modules": modules}), small
 
 
-def shrink(config: PreTrainedConfig, *, vision_stages: int = 1, language_stages: int = 1, slices: int = 1) -> PreTrainedConfig:
+def shrink(config: PreTrainedConfig, stages: Mapping[str, int] | None = None, slices: int = 1) -> PreTrainedConfig:
     """A tiny config of the same architecture and the same numbers of attention heads and experts, so that the same `tp` and `ep`
     divide it; experts are wide enough for so many `slices`.
 
-    Layers, widths, image size and vocabulary become small; special token ids move into the small vocabulary. As many layers are
-    kept as the (virtual) pipeline stages need.
+    Layers, widths, image sizes, experts and vocabulary become small; special token ids move into the small vocabulary. As many
+    layers are kept as there are (virtual) pipeline `stages` of each module, and one of every type.
     """
+    stages = stages or {}
     tree = config.to_dict()
-    deepstack = tree["vision_config"].get("deepstack_visual_indexes") or ()
+    encoders = {name: ENCODERS[name].config for name in ENCODERS if has_encoder(config, name)}
+    deepstack = max(len(tree[key].get("deepstack_visual_indexes") or ()) for key in encoders.values())
     # The layers that deepstack features are added to are all on the first stage.
-    layers = max(2, len(deepstack), max(1, len(deepstack)) + language_stages - 1)
+    layers = max(2, deepstack, max(1, deepstack) + stages.get(LANGUAGE, 1) - 1)
     text = tree["text_config"] = _shrink_text(tree["text_config"], layers, slices)
-    tree["vision_config"] = _shrink_vision(tree["vision_config"], len(deepstack), text["hidden_size"], vision_stages)
-    names = [key for key in tree if key.endswith(("_token_id", "_token_index")) and isinstance(tree[key], int)]
-    tree |= {name: number for number, name in enumerate(sorted(names), start=3)}
-    return AutoConfig.for_model(**tree)
+    for name, key in encoders.items():
+        tree[key] = _shrink_encoder(tree[key], text["hidden_size"], stages.get(name, 1))
+    if tree.get("image_grid_pinpoints"):
+        tree["image_grid_pinpoints"] = [[_SQUARE, 2 * _SQUARE], [2 * _SQUARE, _SQUARE], [2 * _SQUARE, 2 * _SQUARE]]
+    if "mm_tokens_per_image" in tree:
+        tree["mm_tokens_per_image"] = 4
+    names = sorted(name for name in _token_names(config))
+    return AutoConfig.for_model(**tree | {name: number for number, name in enumerate(names, start=3)})
+
+
+def _token_names(config: PreTrainedConfig) -> set[str]:
+    """Keys of a config that hold the id of a special token; some are told by the class alone, and some have two names."""
+    names = {name for name in (*config.to_dict(), *dir(config)) if name.endswith(("_token_id", "_token_index"))}
+    return {name for name in names - set(config.attribute_map) if isinstance(getattr(config, name, None), int)}
 
 
 def _shrink_text(tree: dict[str, Any], layers: int, slices: int) -> dict[str, Any]:
@@ -45,47 +59,78 @@ def _shrink_text(tree: dict[str, Any], layers: int, slices: int) -> dict[str, An
     rope = dict(tree.get("rope_parameters") or {})
     sections = rope.get("mrope_section")
     head_dim = 16 if sections else 8
+    if isinstance(factor := rope.get("partial_rotary_factor"), float):
+        head_dim = round(head_dim / factor)
     if sections:
-        # The sections of M-RoPE share half a head among time, height and width.
-        shares = [max(1, section * head_dim // 2 // sum(sections)) for section in sections]
-        shares[0] += head_dim // 2 - sum(shares)
+        # The sections of M-RoPE share half of what is rotated of a head among time, height and width.
+        half = 8
+        shares = [max(1, section * half // sum(sections)) for section in sections]
+        shares[0] += half - sum(shares)
         small["rope_parameters"] = rope | {"mrope_section": shares}
-    small |= {
-        "num_hidden_layers": layers,
-        "hidden_size": heads * head_dim,
-        "head_dim": head_dim,
-        "intermediate_size": heads * 4 * slices,
-        "vocab_size": VOCABULARY,
-    }
+    if kinds := list(dict.fromkeys(tree.get("layer_types") or ())):
+        # Layers that share keys and values take them from an earlier one of their type.
+        shared = len(kinds) if tree.get("num_kv_shared_layers") else 0
+        small["layer_types"] = [*tree["layer_types"][: max(0, layers - len(kinds) - shared)], *kinds, *kinds[:shared]]
+        layers = len(small["layer_types"])
+        if shared:
+            small["num_kv_shared_layers"] = shared
+    if special := small.pop("per_layer_config", None):  # Gemma 4: layers with other heads
+        others = next(iter(special.values()))
+        if "head_dim" in others:
+            small["global_head_dim"] = 2 * head_dim
+        if "num_key_value_heads" in others:
+            small["num_global_key_value_heads"] = others["num_key_value_heads"]
+    width = heads * (8 if "head_dim" in tree else head_dim)
+    small |= {"num_hidden_layers": layers, "hidden_size": width, "head_dim": head_dim, "intermediate_size": heads * 4 * slices}
+    small |= {key: VOCABULARY for key in ("vocab_size", "vocab_size_per_layer_input") if key in tree}
+    for key, size in _SMALL_TEXT.items():
+        if small.get(key):
+            small[key] = min(small[key], size)
     for key in ("moe_intermediate_size", "shared_expert_intermediate_size"):
-        if tree.get(key):
+        if small.get(key):
             small[key] = 8 * slices
-    if tree.get("layer_types"):
-        small["layer_types"] = tree["layer_types"][:layers]
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+    if "mlp_only_layers" in small:
+        small["mlp_only_layers"] = []
+    for number, key in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
         if small.get(key) is not None:
-            small[key] = ("pad_token_id", "bos_token_id", "eos_token_id").index(key)
+            small[key] = number
     return small
 
 
-def _shrink_vision(tree: dict[str, Any], deepstack: int, text_width: int, stages: int) -> dict[str, Any]:
+_SMALL_TEXT = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "hidden_size_per_layer_input": 8,
+    "sliding_window": 16,
+}
+"""Sizes of some text models that heads do not set."""
+
+
+def _shrink_encoder(tree: dict[str, Any], text_width: int, stages: int) -> dict[str, Any]:
     small = dict(tree)
-    heads_key = "num_attention_heads" if "num_attention_heads" in tree else "num_heads"
-    layers_key = "num_hidden_layers" if "num_hidden_layers" in tree else "depth"
-    heads = tree[heads_key]
-    patch = 4
-    small |= {
-        layers_key: max(3, deepstack + 1, stages),
-        "hidden_size": heads * 8,
-        "intermediate_size": heads * 8,
-        "patch_size": patch,
+    deepstack = len(tree.get("deepstack_visual_indexes") or ())
+    heads = next(tree[key] for key in _HEADS if key in tree)
+    sizes = {
+        **dict.fromkeys(("num_hidden_layers", "depth", "encoder_layers"), max(3, deepstack + 1, stages)),
+        **dict.fromkeys(("hidden_size", "d_model", "intermediate_size", "encoder_ffn_dim"), heads * 8),
+        **dict.fromkeys(("out_hidden_size", "output_dim"), text_width),
+        "head_dim": 8,
+        "num_position_embeddings": 64,
+        "position_embedding_size": 16,
+        "num_mel_bins": 8,
+        "downsample_hidden_size": 8,
+        # Sounds longer than one chunk of Qwen3-Omni's.
+        "max_source_positions": 75 if "n_window_infer" in tree else 16,
     }
-    if isinstance(tree.get("image_size"), int):
-        small["image_size"] = 4 * patch
-    if "out_hidden_size" in tree:
-        small["out_hidden_size"] = text_width
-    if "num_position_embeddings" in tree:
-        small["num_position_embeddings"] = 64
+    small |= {key: size for key, size in sizes.items() if key in tree}
+    for key, size in (("patch_size", PATCH), ("image_size", _SQUARE)):
+        if key in tree:
+            small[key] = [size, size] if isinstance(tree[key], (list, tuple)) else size
+    if "fullatt_block_indexes" in tree:
+        small["fullatt_block_indexes"] = [1]
     if deepstack:
         small["deepstack_visual_indexes"] = list(range(deepstack))
     return small
+
+
+_HEADS = ("num_attention_heads", "num_heads", "encoder_attention_heads")

@@ -9,7 +9,7 @@ from operator import add
 from meshweave.config import LANGUAGE, RunConfig
 from meshweave.errors import LayoutError
 from meshweave.model.flops import product_flops
-from meshweave.model.modules import VISION, ModelGraph, module_config
+from meshweave.model.modules import VISION, ModelGraph, media_widths, module_config
 from meshweave.model.parts import Parts, parts_of
 
 
@@ -172,7 +172,8 @@ def _least_blocks(graph: ModelGraph, name: str, count: int) -> tuple[int, int]:
     """The least number of blocks of the first and of the last stage."""
     config = graph.model.config
     if name == LANGUAGE:
-        return max(1, len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())), 1
+        widths = media_widths(config).values()  # the embedding, then what is added to the output of one block each
+        return max(1, *(len(each) - 1 for each in widths)), 1
     selected = getattr(config, "vision_feature_layer", None) if name == VISION else None
     if selected is None:
         return 1, 1

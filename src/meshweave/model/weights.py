@@ -64,7 +64,8 @@ def fill_seeded(targets: Mapping[str, Tensor], blueprint: PreTrainedModel, seed:
 
 
 def fill_pretrained(targets: Mapping[str, Tensor], blueprint: PreTrainedModel, folder: Path) -> None:
-    """Fills parameters from a model folder's safetensors, reading only this rank's slices; buffers as transformers builds them.
+    """Fills parameters, and buffers that are stored, from a model folder's safetensors, reading only this rank's slices; other
+    buffers as transformers builds them.
 
     Arguments as for `fill_seeded`.
 
@@ -79,9 +80,10 @@ def fill_pretrained(targets: Mapping[str, Tensor], blueprint: PreTrainedModel, f
         for key, value in _initialised(blueprint, unit, name, None).items():
             if key in targets:
                 _fill(targets[key], partial(local_part, full=value))
-    for key, parameter in blueprint.named_parameters():
+    stored = [(key, buffer) for key, buffer in blueprint.named_buffers() if key in sources]
+    for key, value in (*blueprint.named_parameters(), *stored):
         if key in targets:
-            _fill(targets[key], _reader(sources, key, tuple(parameter.shape), folder))
+            _fill(targets[key], _reader(sources, key, tuple(value.shape), folder))
 
 
 def check_weights(blueprint: PreTrainedModel, folder: Path) -> None:
@@ -113,13 +115,15 @@ def _fill(target: Tensor, read: Read) -> None:
 
 
 def _units(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The largest parts without a ModuleList, and the elements of ModuleLists."""
+    """The largest parts without a ModuleList, the elements of ModuleLists, and what else owns a parameter or a buffer."""
     if not any(isinstance(part, nn.ModuleList) for part in module.modules()):
         yield name, module
         return
-    own = [key for key, _ in module.named_parameters(recurse=False)] + [key for key, _ in module.named_buffers(recurse=False)]
-    if own:
-        raise CheckpointError(f"{name} owns {', '.join(own)} beside its blocks; its initialisation is not known")
+    if module._parameters or module._buffers:
+        # What it owns beside its blocks.
+        alone = copy.copy(module)
+        alone._modules = {}
+        yield name, alone
     for key, child in module.named_children():
         if isinstance(module, nn.ModuleList):
             yield f"{name}.{key}", child

@@ -201,6 +201,10 @@ def _held(
         for key, parameter in module.named_parameters(prefix=path):
             parameters.setdefault(first[key], parameter)
         buffers |= module.named_buffers(prefix=path)
+    for path in graph.loose.get(name, ()):
+        for stage in stages.values():
+            if (loose := stage._parameters.get(path.rpartition(".")[2])) is not None:
+                parameters[path] = loose
     return parameters, buffers
 
 

@@ -109,9 +109,9 @@ def tensor_parallel(module: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> li
             found = sorted((name for name, _ in matches(module, pattern)), key=lambda name: -name.count("."))
             concrete.update(dict.fromkeys(found, style))
     apply_tensor_parallelism(module, mesh, concrete)  # type: ignore[arg-type]
-    for pattern, attribute in plan.heads.items():
+    for pattern, attributes in plan.heads.items():
         for _, owner in matches(module, pattern):
-            if isinstance(owner, nn.Module):
+            for attribute in attributes if isinstance(owner, nn.Module) else ():
                 setattr(owner, attribute, getattr(owner, attribute) // mesh.size())
     return partial
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from meshweave.config import RunConfig
 from meshweave.data.dataset import Dataset
 from meshweave.data.join import join_media
-from meshweave.model.blueprint import auto_class, implementations
+from meshweave.model.blueprint import auto_class, blueprint_of, implementations
 from meshweave.model.experts import routers
 from meshweave.model.frozen import frozen_names
 from meshweave.model.modules import graph_of
@@ -39,6 +39,29 @@ class Expected:
     """Load-balancing loss (`model/routing.py`), its coefficient left out."""
 
 
+def stock_batch(model: PreTrainedModel, dataset: Dataset, samples: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+    """What the stock forward of a model takes for some samples, in the model's dtype, and their labels `[samples, longest]`."""
+    texts = [dataset.text(sample) for sample in samples]
+    ids = pad_sequence([text for text, _ in texts], batch_first=True)
+    labels = pad_sequence([label for _, label in texts], batch_first=True, padding_value=-100)
+    inputs = {"input_ids": ids, "attention_mask": pad_sequence([torch.ones_like(text) for text, _ in texts], batch_first=True)}
+    kinds: dict[str, list[Mapping[str, Tensor]]] = {}
+    for sample in samples:
+        for slot, item in enumerate(dataset.meta(sample).media):
+            kinds.setdefault(item.kind, []).append(dataset.media(sample, slot))
+    for kind, items in kinds.items():
+        for key, value in join_media(items).items():
+            name = _OF_VIDEOS.get(key, key) if kind == "video" else key
+            inputs[name] = value.to(model.dtype) if value.is_floating_point() else value
+    # Which tokens are text, images, videos and sounds, for models that ask.
+    types = torch.zeros_like(ids, dtype=torch.int32)
+    for number, key in enumerate(("image_token_id", "video_token_id", "audio_token_id"), start=1):
+        if (token := getattr(model.config, key, None)) is not None:
+            types += number * torch.eq(ids, token).int()
+    wanted = inspect.signature(type(model.base_model).forward).parameters
+    return inputs | {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in wanted}, labels
+
+
 class Oracle:
     """The stock model, one process, one batch per step, no meshweave code between tokens and gradients.
 
@@ -54,11 +77,14 @@ class Oracle:
         if weights is None:
             model = auto_class(config).from_pretrained(run.model, config=config, dtype=dtype, **implementations(dtype))
         else:
-            model = auto_class(config).from_config(config, dtype=torch.float32, **implementations(dtype)).to(dtype)
+            model = auto_class(config).from_config(config, dtype=dtype, **implementations(dtype))
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(weights[name])
         self.model, self.run, self.dtype = model.train(), run, dtype
+        for name, parameter in blueprint_of(config, dtype).named_parameters():
+            if not parameter.requires_grad:  # what the model's own code freezes, and from_pretrained forgets
+                model.get_parameter(name).requires_grad_(False)
         graph = graph_of(model)
         for module, options in run.modules.items():
             parameters = graph.parameters(module)
@@ -79,14 +105,11 @@ class Oracle:
         Args:
             groups: the samples among whose tokens experts shall be loaded evenly, group by group.
         """
-        texts = [dataset.text(sample) for sample in samples]
-        ids = pad_sequence([text for text, _ in texts], batch_first=True)
-        labels = pad_sequence([label for _, label in texts], batch_first=True, padding_value=-100)
-        mask = pad_sequence([torch.ones_like(text) for text, _ in texts], batch_first=True)
-        extra = self._media(dataset, samples) | self._types(ids)
+        inputs, labels = stock_batch(self.model, dataset, samples)
+        mask = inputs["attention_mask"]
         self.optimizer.zero_grad()
         self.logits.clear()
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
+        logits = self.model(**inputs, use_cache=False).logits
         predicted, target = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         targets = int((target != -100).sum())
         loss = functional.cross_entropy(predicted, target, ignore_index=-100, reduction="sum")
@@ -116,28 +139,6 @@ class Oracle:
             choices = functional.one_hot(probabilities.topk(self.chosen).indices, experts).to(probabilities.dtype)
             losses.append(experts * (choices.mean((0, 1)) * probabilities.mean(0)).sum())
         return (labels[rows][:, 1:] != -100).sum() * torch.stack(losses).mean()
-
-    def _media(self, dataset: Dataset, samples: Sequence[int]) -> dict[str, Tensor]:
-        """All encoder inputs, as the stock forward takes them."""
-        inputs: dict[str, Tensor] = {}
-        kinds: dict[str, list[Mapping[str, Tensor]]] = {}
-        for sample in samples:
-            for slot, item in enumerate(dataset.meta(sample).media):
-                kinds.setdefault(item.kind, []).append(dataset.media(sample, slot))
-        for kind, items in kinds.items():
-            for key, value in join_media(items).items():
-                name = _OF_VIDEOS.get(key, key) if kind == "video" else key
-                inputs[name] = value.to(self.dtype) if value.is_floating_point() else value
-        return inputs
-
-    def _types(self, ids: Tensor) -> dict[str, Tensor]:
-        """Which tokens are text, images, videos and sounds, for models that ask."""
-        types = torch.zeros_like(ids, dtype=torch.int32)
-        for number, key in enumerate(("image_token_id", "video_token_id", "audio_token_id"), start=1):
-            if (token := getattr(self.model.config, key, None)) is not None:
-                types += number * torch.eq(ids, token).int()
-        wanted = inspect.signature(type(self.model.base_model).forward).parameters
-        return {name: types for name in ("mm_token_type_ids", "token_type_ids") if name in wanted}
 
     def update(self) -> None:
         """Clips and takes one optimizer step with the gradients of the last `backward`."""

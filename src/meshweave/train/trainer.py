@@ -116,7 +116,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             if world.rank == 0 and not progress.console.is_terminal and (number + 1) % run.train.log_every == 0:
                 progress.console.print(f"step {number + 1:>6}/{run.train.steps}  {shown}")
     evaluation = evaluate(world, run, config, model, held_out, travel) if held_out is not None else None
-    export_model(world, model, config, run.dtype, run.model, run.output / "model")
+    export_model(world, model, config, run, run.output / "model")
     if world.rank == 0:
         draw_loss_curve(records, run.output / "loss.png")
         if measured is not None:

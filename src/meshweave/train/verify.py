@@ -17,7 +17,7 @@ from meshweave.data.loader import Loader, LocalStep
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import ConfigError
 from meshweave.model.blueprint import STORED
-from meshweave.model.modules import ENCODERS, media_widths, module_config
+from meshweave.model.modules import ENCODERS, has_encoder, media_widths, module_config
 from meshweave.parallel.build import build_model
 from meshweave.train.collect import gather_led, whole_values
 from meshweave.train.data import build_datasets, build_loader
@@ -136,11 +136,7 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
 def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     """Random masks differ between any two runs; the comparison is about everything else."""
     config = copy.deepcopy(config)
-    modules = [
-        module_config(config, name)
-        for name in (LANGUAGE, *ENCODERS)
-        if name == LANGUAGE or hasattr(config, ENCODERS[name].config)
-    ]
+    modules = [module_config(config, name) for name in (LANGUAGE, *ENCODERS) if name == LANGUAGE or has_encoder(config, name)]
     for part in (config, *modules):
         for key, value in part.to_dict().items():
             if key.endswith(("dropout", "_pdrop", "jitter_noise")) and value:

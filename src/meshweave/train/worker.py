@@ -16,7 +16,7 @@ from meshweave.config import LANGUAGE
 from meshweave.data.dataset import IGNORE
 from meshweave.data.loader import LanguageBatch, LocalStep
 from meshweave.errors import DataError
-from meshweave.model.encoder import received_shapes
+from meshweave.model.encoder import EncoderStage, received_shapes
 from meshweave.model.language import LanguageStage
 from meshweave.model.routing import balance
 from meshweave.model.slicing import LanePart
@@ -236,10 +236,11 @@ class StepWorker:
         inputs = self._inputs(encoder, stage, number)
         if media is not None:
             given = {name: self._to_device(value) for name, value in media.inputs.items()}
-            grids = [item.grid for item in media.items]
-            if stage and all(grids):
-                given["image_grid_thw"] = torch.tensor(grids, device=self.world.device)
-            outputs = tuple(self.model.modules[encoder].stages[stage](given, inputs))
+            part = self.model.modules[encoder].stages[stage]
+            if stage:
+                assert isinstance(part, EncoderStage)
+                given |= part.sizes(media.items, self.world.device)
+            outputs = tuple(part(given, inputs))
         if not last:
             self._send_on(Kind.SEND_FORWARD, encoder, stage, number, outputs)
         else:

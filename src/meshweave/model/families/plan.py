@@ -22,8 +22,10 @@ class TensorPlan:
 
     rules: Mapping[str, str] = field(default_factory=dict)
     """Module or parameter name, `*` for a layer number, to the name of a transformers style."""
-    heads: Mapping[str, str] = field(default_factory=dict)
-    """Module name to the attribute that counts its heads, where the forward reads it: it is divided by `tp`."""
+    heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Module name to the attributes that count its heads or their width, where the forward reads them: divided by `tp`."""
+    unless: str | None = None
+    """Key of the model's config that, where it is set, makes this plan wrong."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ PLANS = {
             "merger.mlp.0": "colwise",
             "merger.mlp.2": "rowwise",
         },
-        heads={"blocks.*.attn": "num_heads"},
+        heads={"blocks.*.attn": ("num_heads",)},
     ),
 }
 

@@ -1,0 +1,1 @@
+"""Which families are proven, in which layouts, and the table of it."""

@@ -1,0 +1,55 @@
+"""Which layouts is every family proven in? The table behind docs/families.md: a form is a test case of each family.
+
+A form names the columns of the docs table that it proves; a family and form that cannot be have the message that says so.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from support.families import FAMILIES
+from support.runs import module
+
+COLUMNS = ("colocated", "apart", "encoder tp", "encoder pp", "tp", "pp", "cp", "ep")
+
+
+@dataclass(frozen=True)
+class Form:
+    """One layout of every module."""
+
+    columns: tuple[str, ...]
+    """What it proves."""
+    encoders: dict[str, Any]
+    language: dict[str, Any]
+    run: dict[str, Any] = field(default_factory=dict)
+    """Further keys of the run file."""
+
+
+FORMS = {
+    "tp": Form(("colocated", "tp"), module("0-1", dp=2), module("0-1", tp=2)),
+    "pp": Form(("colocated", "pp"), module("0-1", dp=2), module("0-1", pp=2)),
+    "encoder tp": Form(("colocated", "encoder tp"), module("0-1", tp=2), module("0-1", dp=2)),
+    "encoder pp": Form(("apart", "encoder pp"), module("0-1", pp=2), module("2")),
+    "apart": Form(("apart",), module("0"), module("1")),
+}
+
+NO_CUT = "it is not known where this module may be cut into pipeline stages"
+REFUSED = {
+    ("mistral3", "encoder pp"): NO_CUT,
+    ("gemma4", "encoder pp"): NO_CUT,
+    ("gemma4_e", "encoder pp"): NO_CUT,
+    ("gemma4_e", "pp"): "every layer of gemma4_text takes an embedding of its own",
+    ("qwen2_audio", "encoder pp"): NO_CUT,
+    ("qwen2_5_omni", "encoder pp"): NO_CUT,
+    ("qwen3_omni_moe", "encoder pp"): NO_CUT,
+}
+"""Family and form to the message with which it is refused."""
+
+
+def cases() -> list[tuple[str, str]]:
+    """Every family and form that is run; placements apart follow from an encoder in a pipeline of its own, where there is one."""
+    return [
+        (family, form)
+        for family in FAMILIES
+        for form in FORMS
+        if (family, form) not in REFUSED and (form != "apart" or (family, "encoder pp") in REFUSED)
+    ]
