@@ -146,7 +146,7 @@ def test_a_wrong_coefficient_of_the_balance_is_found_at_the_routers(tmp_path: Pa
 
 
 def test_a_balance_of_one_lane_in_place_of_all_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshweave.train.worker.token_groups", lambda mesh, scope: ())
+    monkeypatch.setattr("meshweave.train.worker._token_groups", lambda part, mesh, scope: [])
     report = CASES["not split"].verified(tmp_path, steps=1)
     assert not report.passed
     assert report.loss.name == "router_aux_loss"
