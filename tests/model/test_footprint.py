@@ -86,6 +86,9 @@ EXPERT_LAYOUTS = {
     "etp 2 of dp 4": {"ranks": "0-3", "dp": 4, "etp": 2},
     "ep 2 × etp 2": {"ranks": "0-3", "dp": 4, "ep": 2, "etp": 2},
     "pp 2, ep 2": {"ranks": "0-3", "pp": 2, "dp": 2, "ep": 2},
+    "ep 2 of tp 2 × dp 2": {"ranks": "0-3", "tp": 2, "dp": 2, "ep": 2},
+    "ep 2 of cp 2 × dp 2": {"ranks": "0-3", "cp": 2, "dp": 2, "ep": 2},
+    "not split, tp 2 × dp 2": {"ranks": "0-3", "tp": 2, "dp": 2},
 }
 
 
@@ -135,14 +138,14 @@ def test_bytes_cover_parameter_gradient_and_both_moments_in_the_stored_dtype(dty
     assert vision.local_bytes(7) == 0
 
 
-def test_context_parallel_ranks_and_replicas_hold_the_same_parameters():
+def test_context_parallel_ranks_share_parameters_as_lanes_do_and_replicas_hold_the_same():
     graph = graph_of(blueprint_of(llava(), torch.float32))
     layout = Layout(dp=2, cp=2, replicas=2)
     placed = {"language": Placement(layout, tuple(range(8)))}
     found = footprints(graph, placed, {"language": "shard"}, {"language": (range(2),)})["language"]
     local = found.local
-    assert [local[rank] for rank in range(8)] == [local[0]] * 4 + [local[4]] * 4
-    assert local[0] + local[4] == found.parameters
+    assert [local[rank] for rank in (2, 3, 6, 7)] == [local[rank] for rank in (0, 1, 4, 5)]
+    assert local[0] + local[1] + local[4] + local[5] == found.parameters
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -123,6 +123,9 @@ def expert_faults(run: RunConfig, graph: ModelGraph, name: str, layout: Layout) 
 def _not_distinct(run: RunConfig, name: str) -> list[str]:
     """Experts take it that every rank of a stage holds tokens of its own; the one place that says where that is not so."""
     tp = run.modules[name].tp
-    if tp == 1:
+    if tp == 1 or run.modules[name].sequence_parallel:
         return []
-    return [f"modules.{name}.tp={tp}: a language model with experts under tp is not built yet; set it to 1, and use etp and ep"]
+    return [
+        f"modules.{name}.sequence_parallel=false: with tp={tp} all ranks of a lane would send the same tokens to its experts; "
+        "set it to true, or tp to 1"
+    ]

@@ -85,7 +85,8 @@ def _footprint(
     parameters = graph.parameters(name)
     split = _split_dims(graph, name) if layout.tp > 1 else {}
     experts = expert_parameters(graph, name) if layout.ep * layout.etp > 1 else {}
-    lanes = layout.dp if sharded else 1
+    # Ranks that share a sequence keep parameters as lanes do.
+    lanes = layout.dp * layout.cp if sharded else 1
     held, whole_held, held_experts = {}, {}, {}
     for position in range(layout.pp):
         own = _of_stages(graph, name, parameters, [cut[stage] for stage in range(position, len(cut), layout.pp)], len(cut))
@@ -104,7 +105,8 @@ def _footprint(
         coordinate = placement.coordinate(rank)
         assert coordinate is not None
         here, whole_here = held_experts[coordinate["pp"]]
-        local[rank] = held[coordinate["pp"], coordinate["tp"], coordinate["dp"] if sharded else 0] + here
+        lane = coordinate["dp"] * layout.cp + coordinate["cp"] if sharded else 0
+        local[rank] = held[coordinate["pp"], coordinate["tp"], lane] + here
         if gathered:
             others[rank] = whole_held[coordinate["pp"], coordinate["tp"]] + whole_here - local[rank]
     first = next(iter(parameters.values()))
@@ -157,12 +159,13 @@ def _chunk(size: int, parts: int, index: int) -> int:
 
 
 def _split_dims(graph: ModelGraph, name: str) -> dict[str, int | None]:
-    """Full parameter name to the dim that `tp` splits, for the parameters that the plans split."""
+    """Full parameter name to the dim that `tp` splits, for the parameters that the plans split; experts are none of them."""
     found: dict[str, int | None] = {}
+    experts = expert_parameters(graph, name)
     for child, plan in tensor_plans(graph, name).items():
         for pattern, style in plan.rules.items():
             for key, value in matches(graph.model.get_submodule(child), pattern) if style in SPLIT_DIMS else ():
-                if isinstance(value, nn.Parameter):
+                if isinstance(value, nn.Parameter) and f"{child}.{key}" not in experts:
                     found[f"{child}.{key}"] = _split_dim(value, style)
     return found
 
