@@ -52,7 +52,7 @@ def test_a_run_that_trains_nothing_is_refused(frozen: Any) -> None:
         ),
         (
             {"ranks": "0-1", "tp": 2, "sequence_parallel": False},
-            r"sequence_parallel=false: with tp=2 all ranks of a lane would send",
+            r"modules\.language\.tp=2: a model with experts needs sequence_parallel: true there; take the key out",
         ),
     ],
 )

@@ -154,7 +154,8 @@ def _module_table(run: RunConfig, name: str, placement: Placement, footprint: Mo
         if layout.ep * layout.etp > 1 and size > 1 and axis != "pp":
             table.add_row(f"{axis} groups", _groups_text(_groups(placement, axis, EXPERT_AXES)))
     whole = f"{count_text(footprint.parameters)} in all"
-    how = {"shard": ", sharded over dp", "replicate": ", replicated over dp"}[run.modules[name].data_parallel]
+    kept = {"shard": "sharded", "replicate": "replicated"}[run.modules[name].data_parallel]
+    how = f", {kept} over dp{' × cp' if layout.cp > 1 else ''}"
     held = f"{_held_text(footprint, placement.ranks)} a rank{how if layout.dp > 1 else ''}"
     most = max(footprint.local_bytes(rank) for rank in placement.ranks)
     table.add_row("parameters", f"{whole}, {held}")
