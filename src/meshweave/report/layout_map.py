@@ -40,8 +40,6 @@ def render_layout_map(
     parts += [_fullest_rank(run, footprints)]
     for crossing in traffic:
         parts += ["", _traffic_heading(crossing), _traffic_table(crossing, run.node_size)]
-    if traffic and placements[LANGUAGE].layout.cp > 1:
-        parts += [Text(f"Every cp rank of {LANGUAGE} is counted as taking all media tokens of its lane.")]
     return Group(*parts)
 
 
@@ -156,7 +154,7 @@ def _module_table(run: RunConfig, name: str, placement: Placement, footprint: Mo
     whole = f"{count_text(footprint.parameters)} in all"
     kept = {"shard": "sharded", "replicate": "replicated"}[run.modules[name].data_parallel]
     how = f", {kept} over dp{' × cp' if layout.cp > 1 else ''}"
-    held = f"{_held_text(footprint, placement.ranks)} a rank{how if layout.dp > 1 else ''}"
+    held = f"{_held_text(footprint, placement.ranks)} a rank{how if layout.dp * layout.cp > 1 else ''}"
     most = max(footprint.local_bytes(rank) for rank in placement.ranks)
     table.add_row("parameters", f"{whole}, {held}")
     table.add_row("memory", f"{bytes_text(most)} a rank for parameters, gradients and AdamW")
