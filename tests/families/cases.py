@@ -34,13 +34,9 @@ FORMS = {
 
 NO_CUT = "it is not known where this module may be cut into pipeline stages"
 REFUSED = {
-    ("mistral3", "encoder pp"): NO_CUT,
     ("gemma4", "encoder pp"): NO_CUT,
     ("gemma4_e", "encoder pp"): NO_CUT,
     ("gemma4_e", "pp"): "every layer of gemma4_text takes an embedding of its own",
-    ("qwen2_audio", "encoder pp"): NO_CUT,
-    ("qwen2_5_omni", "encoder pp"): NO_CUT,
-    ("qwen3_omni_moe", "encoder pp"): NO_CUT,
 }
 """Family and form to the message with which it is refused."""
 
