@@ -112,8 +112,8 @@ class Step:
 def time_case(world: World, run: RunConfig, config: PreTrainedConfig, dataset: AlikeDataset) -> list[Step]:
     """Every counted step of a case, in which the step's data is there before it begins."""
     schedule = agreed_schedule(world, run, config, dataset)
-    loader = build_loader(run, dataset, world, schedule)
     model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
+    loader = build_loader(run, dataset, world, schedule, model.part.rule)
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
     rates = build_schedule(run, optimizer)
     travel = Travel(media_widths(config), config.get_text_config().hidden_size, TRAVELS_AS[run.dtype])

@@ -76,8 +76,8 @@ def meshweave_step(
 ) -> tuple[Loader, Callable[[int], int]]:
     """The loader, and a function that takes training step `number` as `meshweave train` does and returns the step's tokens."""
     schedule = agreed_schedule(world, run, config, dataset)
-    loader = build_loader(run, dataset, world, schedule)
     model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
+    loader = build_loader(run, dataset, world, schedule, model.part.rule)
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
     rates = build_schedule(run, optimizer)
     travel = Travel(media_widths(config), config.get_text_config().hidden_size, STORED[run.dtype])

@@ -2,11 +2,16 @@
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import fsum
 from typing import Literal
 
+import numpy as np
+
 from meshweave.errors import LayoutError
+from meshweave.even import Numbers, Work
+from meshweave.slots import PADDED, Packing, fill_slots
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ class EncoderPasses:
     """Consecutive microbatches that one pass serves; their items are balanced together."""
     shares: tuple[tuple[float, ...], ...] | None = None
     """Pass → encoder lane → its share of the pass, relative to an even one; 0 keeps the lane out. None is even throughout."""
+    weight: float = 1.0
+    """How much even passes count next to even slots of the language model, where both cannot be had; 0 is not at all."""
 
 
 EVEN = EncoderPasses()
@@ -118,18 +125,54 @@ def plan_step(
     language_lanes: int,
     encoder_lanes: Mapping[str, int],
     passes: Mapping[str, EncoderPasses] | None = None,
+    packing: Packing = PADDED,
 ) -> StepPlan:
     """Place the samples of one step, and their media items, on microbatches and lanes.
 
-    Samples fill the slots (microbatch, lane) in equal counts (± 1), the longest first onto the shortest slot.
+    Samples fill the slots (microbatch, lane) as `fill_slots` says: even language-model work in every slot, counted by `packing`,
+    and even encoder work in every pass; a slot's samples keep the order of `samples`.
     Media items are then balanced over each encoder's lanes, wherever their sample went: pass by pass, or, where `passes` gives
     lanes unequal shares, so that the shares hold over the step so far. The same arguments give the same plan on every machine.
 
-    Raises `LayoutError` for a media item whose module has no lanes.
+    Raises `LayoutError` for a media item whose module has no lanes, and where samples do not fit into `packing.max_tokens`.
     """
     passes = {name: (passes or {}).get(name, EVEN) for name in encoder_lanes}
-    slots = _fill_slots(samples, microbatches * language_lanes)
-    lanes = [tuple(slots[first : first + language_lanes]) for first in range(0, microbatches * language_lanes, language_lanes)]
+    works = [Work(_media_costs(samples, name), each.per_pass, each.weight) for name, each in passes.items()]
+    slots = fill_slots([sample.tokens for sample in samples], works, microbatches, language_lanes, packing)
+    return _plan([tuple(tuple(samples[s] for s in lane) for lane in part) for part in slots], encoder_lanes, passes)
+
+
+def deal_step(
+    samples: Sequence[SampleMeta],
+    *,
+    microbatches: int,
+    language_lanes: int,
+    encoder_lanes: Mapping[str, int],
+    passes: Mapping[str, EncoderPasses] | None = None,
+) -> StepPlan:
+    """The step as a plain data loader would lay it out, to measure `plan_step` by: samples in order and in equal counts (± 1),
+    and each encoder lane encodes the media of an equal count of samples of the microbatch, whatever they cost."""
+    slots = microbatches * language_lanes
+    ends = [len(samples) * (slot + 1) // slots for slot in range(slots)]
+    dealt = [tuple(samples[begin:end]) for begin, end in zip([0, *ends], ends, strict=False)]
+    lanes = [tuple(dealt[first : first + language_lanes]) for first in range(0, slots, language_lanes)]
+    plan = _plan(lanes, encoder_lanes, {name: (passes or {}).get(name, EVEN) for name in encoder_lanes})
+    return replace(plan, microbatches=tuple(_tied(part, encoder_lanes) for part in plan.microbatches))
+
+
+def _tied(part: MicrobatchPlan, encoder_lanes: Mapping[str, int]) -> MicrobatchPlan:
+    place = {sample.sample: number for number, sample in enumerate(sample for lane in part.lanes for sample in lane)}
+    assigned = {}
+    for name, lanes in encoder_lanes.items():
+        whose = [place[item.sample] * lanes // len(place) for item in part.items[name]]
+        assigned[name] = tuple(tuple(item for item, lane in enumerate(whose) if lane == each) for each in range(lanes))
+    return replace(part, encoder_lanes=assigned)
+
+
+def _plan(
+    lanes: Sequence[tuple[tuple[SampleMeta, ...], ...]], encoder_lanes: Mapping[str, int], passes: Mapping[str, EncoderPasses]
+) -> StepPlan:
+    """The plan of samples that have their slots."""
     items = [_items(its, encoder_lanes) for its in lanes]
     assigned = {name: _assign([found[name] for found in items], count, passes[name]) for name, count in encoder_lanes.items()}
     return StepPlan(
@@ -165,18 +208,10 @@ def balance(
     return tuple(tuple(sorted(items)) for items in assigned)
 
 
-def _fill_slots(samples: Sequence[SampleMeta], slots: int) -> list[tuple[SampleMeta, ...]]:
-    """Equal counts (± 1), balanced by tokens."""
-    longest_first = sorted(samples, key=lambda sample: -sample.tokens)
-    chosen: list[list[SampleMeta]] = [[] for _ in range(slots)]
-    tokens = [0] * slots
-    for first in range(0, len(samples), slots):
-        # One round gives each slot one sample: the round's longest to the slot with the fewest tokens.
-        emptiest = sorted(range(slots), key=lambda slot: tokens[slot])
-        for sample, slot in zip(longest_first[first : first + slots], emptiest, strict=False):
-            chosen[slot].append(sample)
-            tokens[slot] += sample.tokens
-    return [tuple(slot) for slot in chosen]
+def _media_costs(samples: Sequence[SampleMeta], encoder: str) -> Numbers:
+    """[samples]: what each costs an encoder."""
+    costs = (fsum(media.cost for media in sample.media if media.module == encoder) for sample in samples)
+    return np.fromiter(costs, np.float64, len(samples))
 
 
 def _items(lanes: Sequence[tuple[SampleMeta, ...]], encoders: Iterable[str]) -> dict[str, tuple[MediaItem, ...]]:

@@ -1,4 +1,4 @@
-"""The command line: train, inspect, simulate, verify."""
+"""The command line: train, inspect, simulate, balance, verify."""
 
 import json
 import logging
@@ -107,6 +107,27 @@ def simulate_command(
     _run(work)
 
 
+@app.command("balance")
+def balance_command(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to plan.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Plan some steps from the data's metadata: padding, imbalance of lanes and microbatches, and what balancing gains."""
+    from meshweave.report.balance import render_balance
+    from meshweave.train.balance import balance_run
+
+    def work() -> None:
+        report = balance_run(load_config(run_file, overrides or ()), steps)
+        if as_json:
+            typer.echo(json.dumps(report.as_dict(), indent=2))
+        else:
+            Console().print(render_balance(report))
+
+    _run(work)
+
+
 @app.command("verify")
 def verify_command(
     run_file: RunFile,
@@ -150,11 +171,16 @@ def verify_command(
 
 
 def _plan(run: RunConfig, config: "PreTrainedConfig", dataset: "Dataset") -> None:
-    """Plans the run's schedule for what is wrong with it; in a world that a launcher made, rank 0 does for all, later."""
+    """Plans the run's schedule, and its first step where that has to fit a budget, for what is wrong with them; in a world that a
+    launcher made, its ranks do, later."""
+    from meshweave.train.data import build_planner
     from meshweave.train.schedules import run_schedule
 
     if "RANK" not in os.environ:
-        run_schedule(run, config, placements(run), dataset)
+        where = placements(run)
+        schedule = run_schedule(run, config, where, dataset)
+        if run.train.max_tokens is not None:
+            build_planner(run, dataset, where, schedule).plan(0)
 
 
 def _run(work: Callable[[], None]) -> None:

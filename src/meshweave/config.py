@@ -72,6 +72,11 @@ class ModuleConfig(_Strict):
     """Tensor parallelism inside one expert."""
     replicas: PositiveInt = 1
     """Ranks that repeat the same work."""
+    sequence_parallel: bool = True
+    """`language` with `tp` above 1: shard activations between blocks over `tp` along the sequence."""
+    context_parallel: Literal["ring", "ulysses"] = "ring"
+    """How `cp` ranks attend to one another's tokens: keys and values go round, or heads are dealt out (as far as there are
+    heads for every rank; the rest goes round)."""
     data_parallel: Literal["shard", "replicate"] = "shard"
     """Over `dp`: shard parameters, gradients and optimizer state (FSDP2), or keep a replica on every lane."""
     lr: PositiveFloat | None = None
@@ -178,6 +183,12 @@ class TrainConfig(_Strict):
     """Samples of one step, over all lanes and microbatches."""
     microbatches: PositiveInt = 1
     """Parts a step is worked in, one after the other; their gradients are added up."""
+    pack: bool = False
+    """Lay the samples of a lane's microbatch one behind the other in one sequence, each attending within itself, instead of in
+    rows padded to the longest; sequences that are cut over `cp` or `tp` always are."""
+    max_tokens: PositiveInt | None = None
+    """Packed: tokens that a lane's sequence of one microbatch may hold. A step that does not fit is refused; a sample that alone
+    is longer counts as unreadable (`data.on_error`). Left out, sequences are as long as they come, but even."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -187,6 +198,11 @@ class TrainConfig(_Strict):
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     """Applied to matrices, not to biases and norms."""
+    router_aux_loss: NonNegativeFloat | None = None
+    """Models with experts: coefficient of the loss that keeps their load even (`model/routing.py` defines it; it is 1 where the
+    load is even). Left out, the model's own `router_aux_loss_coef` if its config sets `output_router_logits`, else 0."""
+    router_aux_scope: Literal["lane", "microbatch"] = "lane"
+    """Tokens over which the load shall be even: one lane's microbatch, or all lanes of a microbatch."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Bound of the one global gradient norm over all modules; null turns clipping off."""
     log_every: PositiveInt = 10
@@ -196,6 +212,14 @@ class TrainConfig(_Strict):
     def _warm_up_ends(self) -> "TrainConfig":
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is more than steps={self.steps}; the peak would never be reached")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_is_of_packed_sequences(self) -> "TrainConfig":
+        if self.max_tokens is not None and not self.pack:
+            raise ValueError(
+                f"max_tokens={self.max_tokens}: only packed sequences have a token budget; set pack: true, or take it out"
+            )
         return self
 
 
@@ -245,6 +269,12 @@ class RunConfig(_Strict):
     def world_size(self) -> int:
         """Ranks of the run, idle ones included."""
         return 1 + max([rank for module in self.modules.values() for rank in module.ranks] + list(self.idle_ranks))
+
+    @property
+    def packed(self) -> bool:
+        """Whether a lane's samples lie one behind the other in one sequence: asked for, or because sequences are cut."""
+        language = self.modules[LANGUAGE]
+        return self.train.pack or language.cp > 1 or (language.tp > 1 and language.sequence_parallel)
 
     @property
     def encoders(self) -> tuple[str, ...]:

@@ -140,6 +140,7 @@ def test_the_world_reaches_to_the_highest_rank_idle_ones_included():
         (("train.lr", -1), r"train\.lr: .*greater than 0 \(got -1\)"),
         (("train.betas", [0.9, 1.0]), r"train\.betas\.1: .*less than 1 \(got 1\.0\)"),
         (("train.min_lr_ratio", 2), r"train\.min_lr_ratio: .*less than or equal to 1 \(got 2\)"),
+        (("train.max_tokens", 4096), r"train: max_tokens=4096: only packed sequences have a token budget; set pack: true"),
         (("train.warmup_steps", -1), r"train\.warmup_steps: .*\(got -1\)"),
         (("node_size", 0), r"node_size: .*greater than 0 \(got 0\)"),
         (("timeout_seconds", 0), r"timeout_seconds: .*greater than 0 \(got 0\)"),

@@ -13,7 +13,8 @@ from support.ranks import run_ranks
 
 from meshweave.batch import EncoderPasses, MediaMeta, SampleMeta
 from meshweave.data.loader import EncoderRole, Loader, LocalStep
-from meshweave.errors import DataError
+from meshweave.errors import DataError, LayoutError
+from meshweave.slots import Packing
 
 LANGUAGE_LANES, ENCODER_LANES = 2, {"vision": 3, "audio": 1}
 # Where each of four ranks stands: its language lane (rank 3 has none), and its lane in each encoder.
@@ -92,7 +93,7 @@ def same(a: LocalStep, b: LocalStep) -> bool:
     return (
         (a.plan, a.skipped, len(left)) == (b.plan, b.skipped, len(right))
         and all(map(torch.equal, left, right))
-        and [text and text.media_counts for text in a.language] == [text and text.media_counts for text in b.language]
+        and [text and text.grid.places for text in a.language] == [text and text.grid.places for text in b.language]
     )
 
 
@@ -109,13 +110,11 @@ def test_every_rank_holds_exactly_what_the_plan_gives_it():
             else:
                 lane = plan.lanes[language_lane]
                 longest = max(s.tokens for s in lane)
-                assert language.lengths == tuple(s.tokens for s in lane)
+                assert language.grid.places == tuple((row, 0, s.tokens) for row, s in enumerate(lane))
                 for row, labels, sample in zip(language.input_ids, language.labels, lane, strict=True):
                     padding = longest - sample.tokens
                     assert row.tolist() == [1 + sample.sample] * sample.tokens + [0] * padding
-                    assert labels.tolist() == [1 + sample.sample] * sample.tokens + [-100] * padding
-                for encoder, counts in language.media_counts.items():
-                    assert counts == tuple(sum(m.module == encoder for m in s.media) for s in lane)
+                    assert labels.tolist() == [-100] + [1 + sample.sample] * (sample.tokens - 1) + [-100] * padding
             for encoder, lane in encoder_lane.items():
                 media = step.media[encoder][number]
                 if lane is None:
@@ -189,8 +188,7 @@ def test_a_lane_without_samples_holds_one_padding_token():
     language = step.language[0]
     assert step.plan.microbatches[0].lanes[1] == ()
     assert (language.input_ids.tolist(), language.labels.tolist()) == ([[0]], [[-100]])
-    assert language.lengths == (1,)
-    assert language.media_counts == {"vision": (0,), "audio": (0,)}
+    assert (language.grid.rows, language.grid.length, language.grid.places) == (1, 1, ())
 
 
 def test_an_epoch_visits_every_sample_once_and_epochs_differ():
@@ -320,6 +318,46 @@ def stop_of_a_rank(rank: int, missing: frozenset[int], broken: frozenset[int]) -
 def test_stop_raises_the_same_message_on_every_rank(missing, broken, message):
     messages = run_ranks(WORLD, stop_of_a_rank, frozenset(missing), frozenset(broken))
     assert set(messages) == {f"{message} (or set `data.on_error: skip` to leave it out)"}
+
+
+def budget_of_a_rank(rank: int, on_error: str):
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("meshweave.data.loader").addHandler(handler)
+    load = loader(Ragged(), rank, packing=Packing(packed=True, max_tokens=6), on_error=on_error, microbatches=8)
+    try:
+        step = load.step(0)
+    except DataError as error:
+        return str(error)
+    return step.plan, step.skipped, load.sample_ids(0), lines
+
+
+def test_samples_longer_than_the_budget_are_skipped_on_all_ranks_alike_and_named_or_stop_the_run():
+    plans, skipped, ids, lines = zip(*run_ranks(WORLD, budget_of_a_rank, "skip"), strict=True)
+    long = sorted(n for n in ids[0] if n % 7 == 6)  # of 7 tokens
+    assert long
+    assert all(plan == plans[0] for plan in plans)
+    assert set(skipped) == {len(long)}
+    assert sorted(s.sample for m in plans[0].microbatches for lane in m.lanes for s in lane) == sorted(set(ids[0]) - set(long))
+    assert [line.split(":")[0] for line in lines[0]] == [f"sample {n} is skipped" for n in long]
+    assert "its 7 tokens are more than train.max_tokens=6 lets a sequence hold" in lines[0][0]
+    assert lines[1:] == ([],) * (WORLD - 1)
+    messages = run_ranks(WORLD, budget_of_a_rank, "stop")
+    assert set(messages) == {messages[0]}
+    assert messages[0].startswith(f"sample {long[0]}: its 7 tokens are more than train.max_tokens=6")
+
+
+def test_a_step_that_does_not_fit_the_budget_is_refused_and_a_plan_shows_it_without_reading():
+    dataset = Ragged()
+    load = loader(dataset, grouped=False, packing=Packing(packed=True, max_tokens=8))
+    with pytest.raises(LayoutError, match=r"train.max_tokens=8: a step of 16 samples has .* 4 slots"):
+        load.plan(0)
+    roomy = loader(dataset, grouped=False, packing=Packing(packed=True, max_tokens=20))
+    assert roomy.plan(1) == roomy.step(1).plan
+    fresh = Ragged()
+    loader(fresh, grouped=False).plan(0)
+    assert fresh.reads["text"] == fresh.reads["media"] == []
 
 
 def test_a_run_in_which_nothing_can_be_read_stops():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.models import CONFIGS
+from support.models import CONFIGS, EXPERT_CONFIGS
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
@@ -13,14 +13,16 @@ from meshweave.model.modules import VISION, graph_of
 from meshweave.train.oracle import stock_batch
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["llava", "llava_moe", "qwen3_vl"])
 @pytest.mark.parametrize("index", [0, 1, 3])
 def test_counted_flops_are_torchs(family: str, index: int) -> None:
-    config = CONFIGS[family]()
-    if family == "llava":
+    config = (CONFIGS | EXPERT_CONFIGS)[family]()
+    if family.startswith("llava"):
         config.vision_feature_layer = -1
-    # Eager attention: its matrix products are visible to the counter.
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    # Eager attention and experts: their matrix products are visible to the counter.
+    model = AutoModelForImageTextToText.from_config(
+        config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
     dataset = SyntheticDataset(config, 8, most_items=3)
     meta = dataset.meta(index)
     inputs, _ = stock_batch(model, dataset, [index])

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from support.models import CONFIGS, llava
+from support.models import CONFIGS, llava, llava_moe
 from support.ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
@@ -12,11 +12,12 @@ from meshweave.config import parse_config
 from meshweave.errors import LayoutError
 from meshweave.layout import Layout, Placement, placements
 from meshweave.model.blueprint import STORED, blueprint_of
+from meshweave.model.experts import expert_parameters
 from meshweave.model.footprint import COPIES, footprints
 from meshweave.model.modules import graph_of
 from meshweave.model.stages import stage_cuts
 from meshweave.parallel.build import build_model
-from meshweave.parallel.mesh import build_meshes
+from meshweave.parallel.mesh import build_expert_meshes, build_meshes
 
 LAYOUTS = {
     "dp 4 and tp 2 × dp 2": ({"ranks": "0-3", "dp": 4}, {"ranks": "0-3", "tp": 2, "dp": 2}),
@@ -54,8 +55,8 @@ def _held(rank, runs, model_config):
     found = []
     for run in runs:
         placed = placements(run)
-        meshes = build_meshes(placed, "cpu")
-        model = build_model(run, model_config, placed, meshes, rank, torch.device("cpu"))
+        meshes, expert_meshes = build_meshes(placed, "cpu"), build_expert_meshes(placed, "cpu")
+        model = build_model(run, model_config, placed, meshes, rank, torch.device("cpu"), expert_meshes)
         found.append({name: _numel(module) for name, module in model.modules.items()})
     return found
 
@@ -77,6 +78,33 @@ def test_equals_what_is_really_built(model):
             assert built[rank][number] == {
                 name: footprint.local[rank] for name, footprint in expected.items() if rank in footprint.local
             }, f"rank {rank}, {cases[number]}"
+
+
+EXPERT_LAYOUTS = {
+    "ep 2 of dp 4": {"ranks": "0-3", "dp": 4, "ep": 2},
+    "ep 4": {"ranks": "0-3", "dp": 4, "ep": 4},
+    "etp 2 of dp 4": {"ranks": "0-3", "dp": 4, "etp": 2},
+    "ep 2 × etp 2": {"ranks": "0-3", "dp": 4, "ep": 2, "etp": 2},
+    "pp 2, ep 2": {"ranks": "0-3", "pp": 2, "dp": 2, "ep": 2},
+}
+
+
+@pytest.mark.parametrize("kind", ["shard", "replicate"])
+def test_experts_equal_what_is_really_built(kind):
+    runs = [_run({"ranks": "0"}, language, kind) for language in EXPERT_LAYOUTS.values()]
+    built = run_ranks(4, _held, runs, llava_moe())
+    for number, run in enumerate(runs):
+        local = _footprints(run, llava_moe())["language"].local
+        assert [found[number]["language"] for found in built] == [local[rank] for rank in range(4)], list(EXPERT_LAYOUTS)[number]
+
+
+def test_what_experts_gather_for_a_step_is_counted():
+    run = _run({"ranks": "0"}, {"ranks": "0-3", "dp": 4, "ep": 2})
+    graph = graph_of(blueprint_of(llava_moe(), torch.float32))
+    kinds = {name: module.data_parallel for name, module in run.modules.items()}
+    found = footprints(graph, placements(run), kinds, stage_cuts(run, graph), kinds)["language"]
+    experts = sum(value.numel() for value in expert_parameters(graph, "language").values())
+    assert found.local[0] + found.gathered[0] == found.parameters - experts // 2
 
 
 @pytest.mark.parametrize("model", sorted(CONFIGS))
@@ -123,16 +151,6 @@ def test_stages_add_up_to_the_whole_module_and_tied_embeddings_count_on_both_end
     found = _footprints(run, llava(tied=tied))
     assert sum(found["vision"].local.values()) == found["vision"].parameters
     assert sum(found["language"].local.values()) == found["language"].parameters + tied * 96 * 32
-
-
-@pytest.mark.parametrize("layout", [Layout(dp=2, ep=2), Layout(dp=2, etp=2)])
-def test_a_cut_that_is_not_built_yet_has_an_unknown_footprint_and_not_a_wrong_one(layout):
-    graph = graph_of(blueprint_of(llava(), torch.float32))
-    placed = {"language": Placement(layout, (0, 1))}
-    found = footprints(graph, placed, {"language": "shard"}, {"language": (range(2),)})["language"]
-    assert found.local is None
-    assert found.local_bytes(0) is None
-    assert found.parameters > 0
 
 
 def test_a_module_without_a_tensor_parallel_plan_is_refused(monkeypatch):

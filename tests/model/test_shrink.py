@@ -9,6 +9,7 @@ from transformers import (
     LlavaConfig,
     PreTrainedConfig,
     Qwen2_5_VLConfig,
+    Qwen3MoeConfig,
     Qwen3VLConfig,
     SiglipVisionConfig,
 )
@@ -16,6 +17,7 @@ from transformers import (
 from meshweave.config import parse_config
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.model.blueprint import auto_class, blueprint_of
+from meshweave.model.check import check_model
 from meshweave.model.modules import graph_of
 from meshweave.model.shrink import VOCABULARY, shrink, shrink_run
 from meshweave.model.stages import stage_cuts
@@ -26,6 +28,7 @@ LARGE = {
     "llava with siglip": LlavaConfig(vision_config=SiglipVisionConfig(), vision_feature_select_strategy="full"),
     "qwen2.5-vl": Qwen2_5_VLConfig(),
     "qwen3-vl": Qwen3VLConfig(),
+    "llava with experts": LlavaConfig(text_config=Qwen3MoeConfig()),
 }
 
 
@@ -83,3 +86,12 @@ def test_a_shrunk_run_keeps_its_pipelines_and_cuts_them_anew(name: str) -> None:
     cuts = stage_cuts(small, graph_of(blueprint_of(config, torch.float32)))
     assert {module: len(cut) for module, cut in cuts.items()} == {"vision": 6, "language": 12}
     assert (small.weights, small.data) == ("seeded", None)
+
+
+def test_a_shrunk_run_keeps_its_experts_and_their_slices() -> None:
+    language = {"ranks": "0-5", "ep": 2, "etp": 3, "data_parallel": "replicate"}
+    modules = {"vision": {"ranks": "0"}, "language": language}
+    run = parse_config({"model": "unused", "modules": modules, "train": {"steps": 1, "batch_size": 6}})
+    small, config = shrink_run(run, LARGE["llava with experts"])
+    check_model(small, config)
+    assert config.text_config.num_experts == LARGE["llava with experts"].text_config.num_experts

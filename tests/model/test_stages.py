@@ -21,10 +21,12 @@ from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import LayoutError
 from meshweave.model.blueprint import blueprint_of
 from meshweave.model.encoder import EncoderStage, received_shapes
-from meshweave.model.language import LanguageStage, token_loss
+from meshweave.model.language import LanguageStage
+from meshweave.model.loss import next_tokens, token_loss
 from meshweave.model.modules import VISION, ModelGraph, graph_of
 from meshweave.model.parts import parts_of
 from meshweave.model.stages import cut_blocks, stage_costs, stage_cuts
+from meshweave.sequence.grid import UNCUT, lay_out
 from meshweave.train.oracle import stock_batch
 
 VISION_LAYERS, LANGUAGE_LAYERS = 4, 5
@@ -91,6 +93,7 @@ class Batch:
         self.labels = pad_sequence([labels for _, labels in texts], batch_first=True, padding_value=-100)
         self.items: list[MediaMeta] = [item for sample in samples for item in data.meta(sample).media]
         self.inputs = join_media([data.media(sample, slot) for sample in samples for slot in range(len(data.meta(sample).media))])
+        self.grid = lay_out([data.meta(sample) for sample in samples], UNCUT)
 
 
 @cache
@@ -99,7 +102,7 @@ def expected(family: str, samples: tuple[int, ...]) -> tuple[Tensor, dict[str, T
     model = copy.deepcopy(stock(family))
     inputs, labels = stock_batch(model, Images(model.config, 8), samples)
     del inputs["attention_mask"]  # bit for bit: attention with a mask rounds otherwise
-    loss = token_loss(model(**inputs, use_cache=False).logits, labels)
+    loss = token_loss(model(**inputs, use_cache=False).logits, next_tokens(labels))
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -133,11 +136,11 @@ def run_cut(
     hidden = None
     media = {VISION: received} if received else None
     for piece in languages[:-1]:
-        out = piece(batch.ids, media if piece.first else None, batch.items, hidden)
+        out = piece(batch.ids, batch.grid, media if piece.first else None, batch.items, hidden)
         (hidden,) = crossing([out])
         ends.append(([out], [hidden]))
     last = languages[-1]
-    loss, exact = last(batch.ids, media if last.first else None, batch.items, hidden, batch.labels)
+    loss, exact = last(batch.ids, batch.grid, media if last.first else None, batch.items, hidden, batch.labels)
     assert exact is None
     loss.backward()
     for out, after in reversed(ends):
@@ -178,9 +181,9 @@ def test_without_gradients_the_last_stage_says_which_samples_are_exact(family: s
     graph = graph_of(copy.deepcopy(stock(family)))
     batch = Batch(graph.model.config, TEXT_ONLY)
     with torch.no_grad():
-        hidden = LanguageStage(graph, range(2))(batch.ids)
-        _, exact = LanguageStage(graph, range(2, LANGUAGE_LAYERS))(batch.ids, hidden=hidden, labels=batch.labels)
-        _, whole = LanguageStage(graph, range(LANGUAGE_LAYERS))(batch.ids, labels=batch.labels)
+        hidden = LanguageStage(graph, range(2))(batch.ids, batch.grid)
+        _, exact = LanguageStage(graph, range(2, LANGUAGE_LAYERS))(batch.ids, batch.grid, hidden=hidden, labels=batch.labels)
+        _, whole = LanguageStage(graph, range(LANGUAGE_LAYERS))(batch.ids, batch.grid, labels=batch.labels)
     assert torch.equal(exact, whole)
 
 

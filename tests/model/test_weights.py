@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.families import FAMILIES
-from support.models import CONFIGS, write_model_folder
+from support.models import CONFIGS, EXPERT_CONFIGS, write_model_folder
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from meshweave.errors import CheckpointError
@@ -36,10 +36,10 @@ def assert_same(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
         assert torch.equal(ours.get_parameter(name), parameter), name
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CONFIGS | EXPERT_CONFIGS)
 @pytest.mark.parametrize("shard", ["5GB", "40KB"])
 def test_a_folder_loads_as_from_pretrained_loads_it(family: str, shard: str, tmp_path: Path) -> None:
-    write_model_folder(CONFIGS[family](), tmp_path / "one", weights=True)
+    write_model_folder((CONFIGS | EXPERT_CONFIGS)[family](), tmp_path / "one", weights=True)
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "one", dtype=torch.float32)
     stock.save_pretrained(tmp_path / "many", max_shard_size=shard)
     assert (len(list((tmp_path / "many").glob("*.safetensors"))) > 1) == (shard == "40KB")
@@ -67,9 +67,9 @@ def test_the_key_names_of_older_llava_checkpoints_are_understood(tmp_path: Path)
     assert_same(filled(tmp_path, None), stock)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CONFIGS | EXPERT_CONFIGS)
 def test_a_seed_gives_transformers_initialisation_scale_and_buffers(family: str, tmp_path: Path) -> None:
-    folder = write_model_folder(CONFIGS[family](), tmp_path)
+    folder = write_model_folder((CONFIGS | EXPERT_CONFIGS)[family](), tmp_path)
     first, again, other = (filled(folder, seed) for seed in (0, 0, 1))
     assert_same(first, again)
     stock = AutoModelForImageTextToText.from_config(read_model_config(folder), dtype=torch.float32)
@@ -93,3 +93,22 @@ def test_what_a_folder_lacks_is_named(tmp_path: Path) -> None:
         CheckpointError, match=r"no tensor for model\.vision_tower\.encoder\.layers\.\d\.mlp\.fc1\.bias \(shape \(64,\)\)"
     ):
         check_weights(blueprint_of(CONFIGS["llava"](), torch.float32), folder)
+
+
+def test_an_expert_that_a_folder_lacks_is_named(tmp_path: Path) -> None:
+    folder = write_model_folder(EXPERT_CONFIGS["llava_moe"](), tmp_path, weights=True)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[next(name for name in tensors if "experts.2.up_proj" in name)]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"of the 4 experts around .*, piece 1 is there for 3, without number 2"):
+        check_weights(blueprint_of(EXPERT_CONFIGS["llava_moe"](), torch.float32), folder)
+
+
+def test_matrices_of_an_expert_with_another_width_are_refused(tmp_path: Path) -> None:
+    folder = write_model_folder(EXPERT_CONFIGS["llava_moe"](), tmp_path, weights=True)
+    tensors = load_file(folder / "model.safetensors")
+    wide = next(name for name in tensors if "experts.2.up_proj" in name)
+    tensors[wide] = torch.zeros(25, 32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"has shape .*, the model's config says \(4, 48, 32\)"):
+        check_weights(blueprint_of(EXPERT_CONFIGS["llava_moe"](), torch.float32), folder)

@@ -5,8 +5,8 @@ import torch.distributed as dist
 from support.ranks import run_ranks
 
 from meshweave.errors import LayoutError
-from meshweave.layout import Layout, Placement
-from meshweave.parallel.mesh import axis_mesh, build_meshes
+from meshweave.layout import EXPERT_AXES, Layout, Placement
+from meshweave.parallel.mesh import axis_mesh, build_expert_meshes, build_meshes
 
 PLACEMENTS = {
     "vision": Placement(Layout(dp=2), (0, 3)),
@@ -30,6 +30,22 @@ def test_groups_are_those_of_the_geometry() -> None:
     for rank, found in enumerate(run_ranks(4, groups)):
         for (name, axis), ranks in found.items():
             assert ranks == PLACEMENTS[name].group(rank, axis)
+
+
+def test_expert_groups_are_those_of_the_geometry_and_there_are_none_without_experts() -> None:
+    placements = {
+        "vision": Placement(Layout(dp=2), (0, 3)),
+        "language": Placement(Layout(pp=2, dp=4, ep=2, etp=2), tuple(range(8))),
+    }
+
+    def groups(rank: int) -> dict[str, tuple[int, ...]]:
+        meshes = build_expert_meshes(placements, "cpu")
+        assert list(meshes) == ["language"]
+        parts = {axis: axis_mesh(meshes["language"], axis) for axis in EXPERT_AXES}
+        return {axis: tuple(dist.get_process_group_ranks(part.get_group())) for axis, part in parts.items() if part is not None}
+
+    for rank, found in enumerate(run_ranks(8, groups)):
+        assert found == {axis: placements["language"].group(rank, axis, EXPERT_AXES) for axis in EXPERT_AXES}
 
 
 def test_descending_ranks_are_refused() -> None:

@@ -60,7 +60,7 @@ def _map(modules, top, with_traffic=True):
         samples = [dataset.meta(index) for index in range(64)]
         language_lanes = lanes.pop("language")
         plan = plan_step(samples, microbatches=1, language_lanes=language_lanes, encoder_lanes=lanes)
-        traffic = boundary_traffic(plan, placed, {"vision": 128}, run.node_size)
+        traffic = boundary_traffic(plan, placed, {"vision": 128}, node_size=run.node_size)
     return render_layout_map(run, placed, footprints(graph, placed, kinds, stage_cuts(run, graph)), traffic), traffic
 
 
@@ -152,11 +152,12 @@ def test_interleaved_ranks_are_grouped_by_their_modules():
     assert len(lines) < 40
 
 
-def test_a_layout_that_is_not_built_yet_shows_its_geometry_without_inventing_parameters():
-    modules = {"vision": {"ranks": "0-511"}, "language": {"ranks": "0-1023", "tp": 8, "ep": 2}}
-    lines = _squeezed(_text(_map(modules, {"node_size": 8})[0], 140))
-    assert "parameters 23.7 K in all; a rank's part is not known yet for this layout" in lines
-    assert any(line.startswith("Fullest rank: 0, at least ") for line in lines)
+def test_groups_of_the_expert_view_are_shown():
+    modules = {"vision": {"ranks": "0-7"}, "language": {"ranks": "0-7", "ep": 2, "etp": 2}}
+    lines = _squeezed(_text(_map(modules, {})[0], 140))
+    assert "ep groups 4 of 2 ranks: 0,2 │ 1,3 │ 4,6 │ 5,7" in lines
+    assert "etp groups 4 of 2 ranks: 0-1 │ 2-3 │ 4-5 │ 6-7" in lines
+    assert "edp groups 4 of 2 ranks: 0,4 │ 1,5 │ 2,6 │ 3,7" in lines
 
 
 def test_a_pipeline_shows_each_ranks_stage_and_its_part():

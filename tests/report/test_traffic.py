@@ -89,7 +89,7 @@ def _expected(plan, placed):
 def test_every_rank_receives_what_it_needs_and_does_not_hold_and_not_a_token_more(case, seed):
     placed, node_size = _placed(case)
     plan = _plan(placed, seed=seed)
-    (traffic,) = boundary_traffic(plan, placed, {"vision": 128}, node_size)
+    (traffic,) = boundary_traffic(plan, placed, {"vision": 128}, node_size=node_size)
     for direction, (received, copied) in zip((traffic.forward, traffic.backward), _expected(plan, placed), strict=True):
         assert direction.received == {rank: tokens for rank, tokens in received.items() if tokens}
         assert direction.moved == direction.lower_bound == sum(received.values())

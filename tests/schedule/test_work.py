@@ -49,6 +49,14 @@ def test_lanes_across_programs_are_gangs() -> None:
     assert [work.gangs["language", program] for program in range(4)] == [(0,), (1,), (2,), (3,)]
 
 
+def test_lanes_that_share_experts_are_gangs_whatever_else_their_ranks_do() -> None:
+    placements = {"vision": place(0), "language": place(0, pp=2, dp=2)}
+    work = plan_work(placements, modules("vision") | {"language": ModuleWork("language", 2, together=True)}, 2)
+    by_rank = {rank: work.gangs["language", number] for number, program in enumerate(work.programs) for rank in program.ranks}
+    assert len(work.programs) == 4
+    assert by_rank[0] == by_rank[1] != by_rank[2] == by_rank[3]
+
+
 def test_passes_serve_consecutive_microbatches() -> None:
     module = ModuleWork("vision", per_pass=3)
     assert module.passes(7) == 3

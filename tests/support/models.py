@@ -8,10 +8,13 @@ from transformers import (
     AutoConfig,
     CLIPVisionConfig,
     LlavaConfig,
+    MixtralConfig,
     PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SiglipVisionConfig,
 )
 
@@ -79,6 +82,44 @@ def llava_siglip() -> PreTrainedConfig:
     )
 
 
+EXPERTS = 4
+
+
+def llava_moe(**changes: Any) -> PreTrainedConfig:
+    """CLIP tower and Qwen3-MoE: two of four experts a token, the first of three layers without experts."""
+    text = Qwen3MoeConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+        mlp_only_layers=[0],
+        **changes,
+    )
+    return LlavaConfig(vision_config=llava().vision_config, text_config=text, image_token_id=5)
+
+
+def llava_mixtral() -> PreTrainedConfig:
+    """CLIP tower and Mixtral: experts in every layer, routing weights that sum to 1."""
+    text = MixtralConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        sliding_window=None,
+    )
+    return LlavaConfig(vision_config=llava().vision_config, text_config=text, image_token_id=5)
+
+
 def qwen3_vl(*, tied: bool = False) -> PreTrainedConfig:
     """M-RoPE, fused query-key-value in the tower, two deepstack features per media token."""
     return Qwen3VLConfig(
@@ -115,6 +156,15 @@ def qwen2_5_vl() -> PreTrainedConfig:
         **QWEN_VL_TOKENS,
     )
 
+
+def qwen3_vl_moe() -> PreTrainedConfig:
+    """Qwen3-VL with experts in every layer of the language model."""
+    text = {"num_hidden_layers": 3, "head_dim": 8, "num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    vision = qwen3_vl().vision_config.to_dict() | {"model_type": "qwen3_vl_moe_vision"}
+    return Qwen3VLMoeConfig(vision_config=vision, text_config=QWEN_VL_TEXT | text, **QWEN_VL_TOKENS)
+
+
+EXPERT_CONFIGS = {"llava_moe": llava_moe, "llava_mixtral": llava_mixtral, "qwen3_vl_moe": qwen3_vl_moe}
 
 CONFIGS = {"llava": llava, "llava_siglip": llava_siglip, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
 

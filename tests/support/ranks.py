@@ -5,6 +5,7 @@ arguments need not be picklable (closures are fine), only what it returns.
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -37,6 +38,7 @@ def run_ranks(world: int, fn: Callable[..., Result], *args: Any, timeout_seconds
     timeout every process is killed, after it has written its stacks to standard error.
     """
     fork = multiprocessing.get_context("fork")
+    gc.collect()  # a process group of an earlier test would wait for its threads in a fork, which has none
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         readers: dict[Connection, int] = {}
         processes = []

@@ -28,6 +28,7 @@ class Case:
     pieces: int = 1
     split: bool = False
     backward: bool = True
+    together: bool = False
     frozen: frozenset[str] = field(default_factory=frozenset)
 
     @property
@@ -39,7 +40,8 @@ class Case:
         for name, placement in self.placements.items():
             pp = placement.layout.pp
             if name == "language":
-                modules[name] = ModuleWork(name, pp * self.pieces, backward=self.backward, split=self.split and self.backward)
+                split = self.split and self.backward
+                modules[name] = ModuleWork(name, pp * self.pieces, backward=self.backward, split=split, together=self.together)
             else:
                 per_pass = self.macro_batch if pp == 1 else 1
                 modules[name] = ModuleWork(name, pp, per_pass, backward=self.backward and name not in self.frozen)
@@ -57,6 +59,12 @@ class Case:
 
 
 CASES = {
+    "experts, vision on one rank of a stage": Case(
+        {"vision": place(1), "language": place(0, pp=2, dp=2)}, "graph_1f1b", together=True
+    ),
+    "experts, vision across stages, nested": Case(
+        {"vision": place(1, dp=2), "language": place(0, pp=2, dp=2)}, "nested", split=True, together=True
+    ),
     "plain": Case({"vision": place(0, dp=4), "language": place(0, tp=2, dp=2)}),
     "colocated pp4, k 1": Case({"vision": place(0, dp=4), "language": place(0, pp=4)}),
     "colocated pp4, k 2": Case({"vision": place(0, dp=4), "language": place(0, pp=4)}, macro_batch=2),

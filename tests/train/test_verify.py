@@ -16,6 +16,7 @@ from meshweave.model.blueprint import read_model_config
 from meshweave.model.weights import fill_seeded
 from meshweave.parallel.build import LocalModel
 from meshweave.schedule.schedule import Schedule
+from meshweave.sequence.grid import SequenceRule
 from meshweave.train.data import build_loader
 from meshweave.train.gradients import local_gradients, scale_gradients
 from meshweave.train.step import Totals, run_step
@@ -126,8 +127,8 @@ def test_two_swapped_images_are_found(tmp_path: Path, monkeypatch: pytest.Monkey
         def media(self, index: int, slot: int) -> dict[str, Any]:
             return super().media((index + 4) % len(self) if index % 4 == 0 else index, slot)
 
-    def build_swapped(run: RunConfig, dataset: SyntheticDataset, world: World, schedule: Schedule) -> Loader:
-        return build_loader(run, Swapped(read_model_config(run.model), len(dataset), seed=3), world, schedule)
+    def build_swapped(run: RunConfig, dataset: SyntheticDataset, world: World, schedule: Schedule, rule: SequenceRule) -> Loader:
+        return build_loader(run, Swapped(read_model_config(run.model), len(dataset), seed=3), world, schedule, rule)
 
     monkeypatch.setattr("meshweave.train.verify.build_loader", build_swapped)
     report = verified(run_of(write_model_folder(CONFIGS["llava"](), tmp_path), *PAIRS["vision dp4, language tp2 dp2"]), steps=1)

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from meshweave.batch import EVEN, EncoderPasses, MediaMeta, MicrobatchPlan, SampleMeta, StepPlan, plan_step
 from meshweave.boundary.transfer import TransferPlan
 from meshweave.data.dataset import IGNORE, Dataset
 from meshweave.data.join import join_media
 from meshweave.errors import DataError
+from meshweave.sequence.grid import UNCUT, LaneGrid, SequenceRule, lay_out
+from meshweave.slots import PADDED, Packing
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +28,14 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class LanguageBatch:
-    """The text of one language-model lane in a microbatch. A lane without samples holds one padding token."""
+    """The text of one language-model lane in a microbatch, in full on each of its ranks. A lane without samples is padding."""
 
     input_ids: Tensor
-    """[samples, longest] int64, padded with 0 on the right."""
+    """[rows, length] int64, 0 where there is no sample."""
     labels: Tensor
-    """[samples, longest] int64, not shifted, -100 where there is no target (padding included)."""
-    lengths: tuple[int, ...]
-    """Tokens of each row before padding."""
-    media_counts: Mapping[str, tuple[int, ...]]
-    """Encoder → media items of each row."""
+    """[rows, length] int64, not shifted, -100 where there is no target: padding, and the first token of every sample."""
+    grid: LaneGrid
+    """Where the samples lie, and which rank holds which columns."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,8 @@ class Loader:
         batch_size: samples of a step, over all ranks and microbatches.
         language_lane: this rank's lane in the language model; None if outside.
         encoders: this rank's part in each encoder.
+        rule: how sequences of the language model are laid out and cut.
+        packing: how a slot's samples lie in memory. A sample longer than its token budget counts as unreadable.
         crossing: plans who sends a microbatch's tokens of an encoder to whom; nothing crosses without it.
         rank, world, group: this process among those that plan together, and a gloo group of them for the
             loader's own use (it talks from a background thread). Without a group this process plans alone.
@@ -105,7 +106,8 @@ class Loader:
         drop_last: leave out what is over after the last full batch of an epoch.
 
     State: the samples already named in the log, how many could and could not be read, and one epoch's order.
-    Raises `DataError` if the dataset is smaller than one batch, and from `step` if nothing can be read at all.
+    Raises `DataError` if the dataset is smaller than one batch, and from `step` if nothing can be read at all; `LayoutError`
+    from `step` where samples do not fit into the token budget of their slots.
     """
 
     def __init__(
@@ -117,6 +119,8 @@ class Loader:
         language_lanes: int,
         language_lane: int | None,
         encoders: Mapping[str, EncoderRole],
+        rule: SequenceRule = UNCUT,
+        packing: Packing = PADDED,
         crossing: Callable[[MicrobatchPlan, str], TransferPlan] | None = None,
         rank: int = 0,
         world: int = 1,
@@ -131,7 +135,7 @@ class Loader:
         self.dataset, self.batch_size, self.microbatches = dataset, batch_size, microbatches
         self.language_lanes, self.language_lane, self.encoders = language_lanes, language_lane, dict(encoders)
         self.rank, self.world = (rank, world) if group is not None else (0, 1)
-        self.crossing = crossing
+        self.rule, self.packing, self.crossing = rule, packing, crossing
         self.group, self.seed, self.shuffle, self.on_error = group, seed, shuffle, on_error
         self.steps_per_epoch = len(dataset) // batch_size if drop_last else -(-len(dataset) // batch_size)
         self._named: set[int] = set()
@@ -158,13 +162,7 @@ class Loader:
         reader = _Reader(self.dataset)
         while True:
             self._report(bad)
-            plan = plan_step(
-                [metas[sample] for sample in samples if sample not in bad],
-                microbatches=self.microbatches,
-                language_lanes=self.language_lanes,
-                encoder_lanes={name: role.lanes for name, role in self.encoders.items()},
-                passes={name: role.passes for name, role in self.encoders.items()},
-            )
+            plan = self._planned([metas[sample] for sample in samples if sample not in bad])
             language = tuple(self._load_language(microbatch, reader) for microbatch in plan.microbatches)
             media = {name: self._load_encoder(plan, name, role, reader) for name, role in self.encoders.items()}
             # Decoding may still fail where a header was fine; all ranks then drop the sample and plan again.
@@ -173,6 +171,23 @@ class Loader:
                 self._refuse_if_nothing_can_be_read(len(samples), bad)
                 return LocalStep(plan, len(bad), language, media, self._crossings(plan))
             bad |= failed
+
+    def plan(self, number: int) -> StepPlan:
+        """Where the samples of step `number` would go, from metadata alone. A collective call if there is a group."""
+        samples = self.sample_ids(number)
+        metas, bad = self._agreed_metas(samples)
+        self._report(bad)
+        return self._planned([metas[sample] for sample in samples if sample not in bad])
+
+    def _planned(self, metas: Sequence[SampleMeta]) -> StepPlan:
+        return plan_step(
+            metas,
+            microbatches=self.microbatches,
+            language_lanes=self.language_lanes,
+            encoder_lanes={name: role.lanes for name, role in self.encoders.items()},
+            passes={name: role.passes for name, role in self.encoders.items()},
+            packing=self.packing,
+        )
 
     def _refuse_if_nothing_can_be_read(self, samples: int, bad: Mapping[int, str]) -> None:
         """Skipping is for exceptions: where every sample so far is unreadable, the path is wrong, not the file."""
@@ -198,7 +213,9 @@ class Loader:
         bad: dict[int, str] = {}
         for sample in samples[self.rank :: self.world]:
             try:
-                metas[sample] = self.dataset.meta(sample)
+                meta = self.dataset.meta(sample)
+                self.packing.require_fit(meta.tokens)
+                metas[sample] = meta
             except DataError as error:
                 bad[sample] = str(error)
         if self.group is None:
@@ -242,16 +259,18 @@ class Loader:
         lane = self.language_lane
         if lane is None:
             return None
-        texts = [text for sample in plan.lanes[lane] if (text := reader.text(sample.sample)) is not None]
-        media = [[item.module for item in sample.media] for sample in plan.lanes[lane]] or [[]]
-        padding = torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORE)
-        input_ids, labels = ([*column] for column in zip(*(texts or [padding]), strict=True))
-        return LanguageBatch(
-            input_ids=pad_sequence(input_ids, batch_first=True),
-            labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE),
-            lengths=tuple(len(ids) for ids in input_ids),
-            media_counts={name: tuple(modules.count(name) for modules in media) for name in self.encoders},
-        )
+        grid = lay_out(plan.lanes[lane], self.rule)
+        input_ids = torch.zeros(grid.rows, grid.length, dtype=torch.int64)
+        labels = torch.full_like(input_ids, IGNORE)
+        for sample, (row, start, stop) in zip(plan.lanes[lane], grid.places, strict=True):
+            text = reader.text(sample.sample)
+            if text is None:
+                continue  # all ranks will drop the sample and plan again
+            if len(text[0]) != stop - start:
+                raise DataError(f"sample {sample.sample}: {len(text[0])} tokens, but its metadata counts {stop - start}")
+            input_ids[row, start:stop], labels[row, start:stop] = text
+            labels[row, start] = IGNORE  # the sample before it shall not predict it
+        return LanguageBatch(input_ids, labels, grid)
 
     def _load_encoder(self, plan: StepPlan, encoder: str, role: EncoderRole, reader: "_Reader") -> tuple[MediaBatch | None, ...]:
         lane, passes = role.lane, plan.passes(encoder)

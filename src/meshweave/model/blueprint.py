@@ -1,5 +1,6 @@
 """What does a whole model look like? Its config, and its shapes and names without memory."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 def blueprint_of(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The whole model on the meta device: shapes and names, no memory. Raises ConfigError: as `auto_class`."""
+    # A copy: transformers writes these choices into the config that a model is made from.
+    config = copy.deepcopy(config)
     with torch.device("meta"):
         model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype, **implementations(dtype))
     return model.train()

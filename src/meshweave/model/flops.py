@@ -17,8 +17,8 @@ TRAINING_FACTOR = 3
 class ModuleFlops:
     """Forward FLOPs of one sequence: `per_token · tokens + per_output · outputs + per_pair · Σ window²`.
 
-    The usual count of matrix products (PaLM, arXiv 2204.02311, appendix B), attention in full where it is causal too;
-    padding and recomputation are not work.
+    The usual count of matrix products (PaLM, arXiv 2204.02311, appendix B), attention in full where it is causal too; of experts
+    only those that a token goes to; padding and recomputation are not work.
     """
 
     per_token: int
@@ -51,20 +51,28 @@ def count_flops(graph: ModelGraph, name: str) -> ModuleFlops:
                 if parameter.ndim < 2 or isinstance(part, nn.Embedding):
                     continue
                 if name == LANGUAGE or id(parameter) in inside or not isinstance(part, nn.Linear):
-                    per_token += 2 * parameter.numel()
+                    per_token += _product(part, parameter)
                 else:
-                    per_output += 2 * parameter.numel()
+                    per_output += _product(part, parameter)
     return ModuleFlops(per_token, per_output, 4 * sum(_attention_width(graph, name, block) for block in blocks))
 
 
 def product_flops(module: nn.Module) -> int:
     """FLOPs of the matrix products of a module's own parameters, for each of its inputs; looking up embeddings is free."""
     return sum(
-        2 * parameter.numel()
+        _product(part, parameter)
         for part in module.modules()
         for parameter in part.parameters(recurse=False)
         if parameter.ndim >= 2 and not isinstance(part, nn.Embedding)
     )
+
+
+def _product(part: nn.Module, parameter: nn.Parameter) -> int:
+    """FLOPs of one product with a weight of `part`; of experts, those of the few that a token goes to."""
+    chosen = getattr(getattr(part, "config", None), "num_experts_per_tok", None)
+    if parameter.ndim == 3 and chosen is not None:
+        return 2 * parameter.numel() * int(chosen) // parameter.shape[0]
+    return 2 * parameter.numel()
 
 
 def _attention_width(graph: ModelGraph, name: str, block: nn.Module) -> int:

@@ -8,7 +8,8 @@ from typing import Literal
 
 from torch import nn
 
-from meshweave.layout import Placement
+from meshweave.layout import Layout, Placement
+from meshweave.model.experts import expert_parameters
 from meshweave.model.families import tensor_plans
 from meshweave.model.families.plan import matches
 from meshweave.model.modules import ModelGraph, first_names
@@ -41,18 +42,15 @@ class ModuleFootprint:
 
     parameters: int
     """Of the whole module; tied ones once."""
-    local: Mapping[int, int] | None
-    """Rank to the parameters it holds; None under a layout that is not built yet (ep, etp).
-    Parameters that tie the first stage to the last count on both."""
+    local: Mapping[int, int]
+    """Rank to the parameters it holds. Parameters that tie the first stage to the last count on both."""
     parameter_bytes: int
     """Bytes of one stored parameter."""
     gathered: Mapping[int, int] = field(default_factory=dict)
     """Rank to the parameters of other lanes that it also holds, with gradients, throughout a step."""
 
-    def local_bytes(self, rank: int) -> int | None:
-        """Bytes of `rank`'s parameters, gradients and AdamW state (no activations); None as for `local`."""
-        if self.local is None:
-            return None
+    def local_bytes(self, rank: int) -> int:
+        """Bytes of `rank`'s parameters, gradients and AdamW state (no activations)."""
         return (self.local.get(rank, 0) * COPIES + self.gathered.get(rank, 0) * GATHERED_COPIES) * self.parameter_bytes
 
 
@@ -86,31 +84,42 @@ def _footprint(
     layout = placement.layout
     parameters = graph.parameters(name)
     split = _split_dims(graph, name) if layout.tp > 1 else {}
-    local, others = None, {}
-    if layout.ep == layout.etp == 1:
-        lanes = layout.dp if sharded else 1
-        held, whole_held = {}, {}
-        for position in range(layout.pp):
-            own = _of_stages(graph, name, parameters, [cut[stage] for stage in range(position, len(cut), layout.pp)], len(cut))
-            # A model has a few distinct shapes and thousands of parameters.
-            shapes = Counter((tuple(value.shape), split.get(key)) for key, value in own.items())
-            for tp in range(layout.tp):
-                whole_held[position, tp] = sum(
-                    count * _part(shape, dim, layout.tp, tp, 1, 0) for (shape, dim), count in shapes.items()
-                )
-                for dp in range(lanes):
-                    parts = (count * _part(shape, dim, layout.tp, tp, lanes, dp) for (shape, dim), count in shapes.items())
-                    held[position, tp, dp] = sum(parts)
-        local = {}
-        for rank in placement.ranks:
-            coordinate = placement.coordinate(rank)
-            assert coordinate is not None
-            local[rank] = held[coordinate["pp"], coordinate["tp"], coordinate["dp"] if sharded else 0]
-            if gathered:
-                others[rank] = whole_held[coordinate["pp"], coordinate["tp"]] - local[rank]
+    experts = expert_parameters(graph, name) if layout.ep * layout.etp > 1 else {}
+    lanes = layout.dp if sharded else 1
+    held, whole_held, held_experts = {}, {}, {}
+    for position in range(layout.pp):
+        own = _of_stages(graph, name, parameters, [cut[stage] for stage in range(position, len(cut), layout.pp)], len(cut))
+        # A model has a few distinct shapes and thousands of parameters.
+        shapes = Counter((tuple(value.shape), split.get(key)) for key, value in own.items() if key not in experts)
+        held_experts[position] = _held_experts({key: value for key, value in own.items() if key in experts}, layout, sharded)
+        for tp in range(layout.tp):
+            whole_held[position, tp] = sum(
+                count * _part(shape, dim, layout.tp, tp, 1, 0) for (shape, dim), count in shapes.items()
+            )
+            for dp in range(lanes):
+                parts = (count * _part(shape, dim, layout.tp, tp, lanes, dp) for (shape, dim), count in shapes.items())
+                held[position, tp, dp] = sum(parts)
+    local, others = {}, {}
+    for rank in placement.ranks:
+        coordinate = placement.coordinate(rank)
+        assert coordinate is not None
+        here, whole_here = held_experts[coordinate["pp"]]
+        local[rank] = held[coordinate["pp"], coordinate["tp"], coordinate["dp"] if sharded else 0] + here
+        if gathered:
+            others[rank] = whole_held[coordinate["pp"], coordinate["tp"]] + whole_here - local[rank]
     first = next(iter(parameters.values()))
     whole = sum(value.numel() for value in parameters.values())
     return ModuleFootprint(whole, local, first.element_size(), others)
+
+
+def _held_experts(parameters: Mapping[str, nn.Parameter], layout: Layout, sharded: bool) -> tuple[int, int]:
+    """Elements of expert weights that a rank of a stage holds, and those it holds while they are gathered over `edp`.
+
+    Every rank holds as many: nothing is split that does not divide.
+    """
+    whole = sum(value.numel() for value in parameters.values()) // (layout.ep * layout.etp)
+    (edp,) = layout.sizes(("edp",))
+    return whole // edp if sharded else whole, whole
 
 
 def _of_stages(

@@ -19,13 +19,14 @@ def shrink_run(run: RunConfig, config: PreTrainedConfig) -> tuple[RunConfig, Pre
 
     `layers` are left out: their sums are those of the large model, so the small one is cut anew.
     """
-    small = shrink(config, {name: stage_count(run, name) for name in run.modules})
+    small = shrink(config, {name: stage_count(run, name) for name in run.modules}, run.modules[LANGUAGE].etp)
     modules = {name: module.model_copy(update={"layers": None}) for name, module in run.modules.items()}
     return run.model_copy(update={"weights": "seeded", "data": None, "modules": modules}), small
 
 
-def shrink(config: PreTrainedConfig, stages: Mapping[str, int] | None = None) -> PreTrainedConfig:
-    """A tiny config of the same architecture and the same numbers of attention heads, so that the same `tp` divides it.
+def shrink(config: PreTrainedConfig, stages: Mapping[str, int] | None = None, slices: int = 1) -> PreTrainedConfig:
+    """A tiny config of the same architecture and the same numbers of attention heads and experts, so that the same `tp` and `ep`
+    divide it; experts are wide enough for so many `slices`.
 
     Layers, widths, image sizes, experts and vocabulary become small; special token ids move into the small vocabulary. As many
     layers are kept as there are (virtual) pipeline `stages` of each module, and one of every type.
@@ -36,7 +37,7 @@ def shrink(config: PreTrainedConfig, stages: Mapping[str, int] | None = None) ->
     deepstack = max(len(tree[key].get("deepstack_visual_indexes") or ()) for key in encoders.values())
     # The layers that deepstack features are added to are all on the first stage.
     layers = max(2, deepstack, max(1, deepstack) + stages.get(LANGUAGE, 1) - 1)
-    text = tree["text_config"] = _shrink_text(tree["text_config"], layers)
+    text = tree["text_config"] = _shrink_text(tree["text_config"], layers, slices)
     for name, key in encoders.items():
         tree[key] = _shrink_encoder(tree[key], text["hidden_size"], stages.get(name, 1))
     if tree.get("image_grid_pinpoints"):
@@ -53,7 +54,7 @@ def _token_names(config: PreTrainedConfig) -> set[str]:
     return {name for name in names - set(config.attribute_map) if isinstance(getattr(config, name, None), int)}
 
 
-def _shrink_text(tree: dict[str, Any], layers: int) -> dict[str, Any]:
+def _shrink_text(tree: dict[str, Any], layers: int, slices: int) -> dict[str, Any]:
     heads, small = tree["num_attention_heads"], dict(tree)
     rope = dict(tree.get("rope_parameters") or {})
     sections = rope.get("mrope_section")
@@ -80,11 +81,14 @@ def _shrink_text(tree: dict[str, Any], layers: int) -> dict[str, Any]:
         if "num_key_value_heads" in others:
             small["num_global_key_value_heads"] = others["num_key_value_heads"]
     width = heads * (8 if "head_dim" in tree else head_dim)
-    small |= {"num_hidden_layers": layers, "hidden_size": width, "head_dim": head_dim, "intermediate_size": heads * 4}
+    small |= {"num_hidden_layers": layers, "hidden_size": width, "head_dim": head_dim, "intermediate_size": heads * 4 * slices}
     small |= {key: VOCABULARY for key in ("vocab_size", "vocab_size_per_layer_input") if key in tree}
     for key, size in _SMALL_TEXT.items():
         if small.get(key):
             small[key] = min(small[key], size)
+    for key in ("moe_intermediate_size", "shared_expert_intermediate_size"):
+        if small.get(key):
+            small[key] = 8 * slices
     if "mlp_only_layers" in small:
         small["mlp_only_layers"] = []
     for number, key in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
@@ -94,8 +98,6 @@ def _shrink_text(tree: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 _SMALL_TEXT = {
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "hidden_size_per_layer_input": 8,

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.distributed.sharding_utils import DtensorShardOperation
 
 from meshweave.errors import CheckpointError
+from meshweave.model.stored import Converted, Place, converted
 
 Read = Callable[[Tensor], Tensor]
 """Given a target, returns the values of its local part."""
+
+Sources = Mapping[str, Place | Converted]
+"""Parameter name to where, or how, it is read."""
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:
@@ -66,7 +71,7 @@ def fill_pretrained(targets: Mapping[str, Tensor], blueprint: PreTrainedModel, f
 
     Raises:
         CheckpointError: no safetensors in the folder, a parameter is missing, has another shape, or the checkpoint needs a
-            conversion other than renaming.
+            conversion other than those of `model/stored.py`.
     """
     sources = _checkpoint_sources(blueprint, folder)
     for name, unit in _units(blueprint, ""):
@@ -89,9 +94,8 @@ def check_weights(blueprint: PreTrainedModel, folder: Path) -> None:
     """
     sources = _checkpoint_sources(blueprint, folder)
     for key, parameter in blueprint.named_parameters():
-        file, stored = _source(sources, key, tuple(parameter.shape), folder)
-        with safe_open(file, framework="pt") as handle:
-            _slice(handle, file, stored, tuple(parameter.shape))
+        with ExitStack() as files:
+            _opened(files, sources, key, tuple(parameter.shape), folder)
 
 
 def local_part(target: Tensor, full: Any) -> Tensor:
@@ -164,8 +168,7 @@ def _owner(blueprint: PreTrainedModel, name: str) -> PreTrainedModel:
     return blueprint
 
 
-def _checkpoint_sources(blueprint: PreTrainedModel, folder: Path) -> dict[str, tuple[Path, str]]:
-    """Parameter name to (file, key in the file)."""
+def _checkpoint_sources(blueprint: PreTrainedModel, folder: Path) -> Sources:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         files = sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
@@ -177,7 +180,8 @@ def _checkpoint_sources(blueprint: PreTrainedModel, folder: Path) -> dict[str, t
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     expected = blueprint.state_dict()
-    sources = {}
+    sources: dict[str, Place | Converted] = {}
+    others: dict[str, list[tuple[str, Place]]] = {}
     for file in files:
         if not file.exists():
             raise CheckpointError(f"{file}: named in {index.name}, but missing")
@@ -187,31 +191,39 @@ def _checkpoint_sources(blueprint: PreTrainedModel, folder: Path) -> dict[str, t
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: not readable as safetensors ({error})") from error
         for key in keys:
-            renamed, converted = rename_source_key(key, renamings, converters, blueprint.base_model_prefix, expected)
-            if converted is not None and renamed in expected:
-                raise CheckpointError(f"{file}: {key} needs a weight conversion, which is not built yet; only renaming is")
-            sources[renamed] = (file, key)
-    return sources
+            renamed, pattern = rename_source_key(key, renamings, converters, blueprint.base_model_prefix, expected)
+            if pattern is not None and renamed in expected:
+                others.setdefault(renamed, []).append((pattern, (file, key)))
+            else:
+                sources[renamed] = (file, key)
+    return sources | converted(converters, others)
 
 
-def _source(sources: Mapping[str, tuple[Path, str]], name: str, shape: tuple[int, ...], folder: Path) -> tuple[Path, str]:
+def _opened(files: ExitStack, sources: Sources, name: str, shape: tuple[int, ...], folder: Path) -> Any:
+    """A slice of the whole parameter; `files` closes what was opened for it."""
     if name not in sources:
         raise CheckpointError(f"{folder}: no tensor for {name} (shape {shape}) in its safetensors")
-    return sources[name]
+    handles: dict[Path, Any] = {}
 
+    def open_place(place: Place) -> Any:
+        file, key = place
+        if file not in handles:
+            handles[file] = files.enter_context(safe_open(file, framework="pt"))
+        return handles[file].get_slice(key)
 
-def _slice(handle: Any, file: Path, key: str, shape: tuple[int, ...]) -> Any:
-    found = handle.get_slice(key)
+    source = sources[name]
+    if isinstance(source, tuple):
+        (file, key), found = source, open_place(source)
+    else:
+        (file, key), found = source.places()[0], source.opened(open_place, shape)
     if tuple(found.get_shape()) != shape:
         raise CheckpointError(f"{file}: {key} has shape {tuple(found.get_shape())}, the model's config says {shape}")
     return found
 
 
-def _reader(sources: Mapping[str, tuple[Path, str]], name: str, shape: tuple[int, ...], folder: Path) -> Read:
-    file, key = _source(sources, name, shape, folder)
-
+def _reader(sources: Sources, name: str, shape: tuple[int, ...], folder: Path) -> Read:
     def read(target: Tensor) -> Tensor:
-        with safe_open(file, framework="pt") as handle:
-            return local_part(target, _slice(handle, file, key, shape))
+        with ExitStack() as files:
+            return local_part(target, _opened(files, sources, name, shape, folder))
 
     return read

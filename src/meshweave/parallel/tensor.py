@@ -3,16 +3,25 @@
 The only file that uses transformers' tensor-parallel machinery.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer, apply_tensor_parallelism
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from transformers.distributed.tensor_parallel import (
+    ALL_PARALLEL_STYLES,
+    ColwiseParallel,
+    RowwiseParallel,
+    TensorParallelLayer,
+    apply_tensor_parallelism,
+)
 
-from meshweave.model.families.plan import PACKED_QKV, PARTIAL_GRADIENT, TensorPlan, matches
+from meshweave.model.families.plan import GATHERED_HEAD, PACKED_QKV, PARTIAL_GRADIENT, TensorPlan, matches, of_experts
+
+_GATHERED, _SCATTERED, _GATHERED_COLWISE = "gathered_sequence", "rowwise_scattered", "colwise_gathered"
+"""Our styles of sequence parallelism: a block's attention or MLP gathers its input, its last product scatters the output."""
 
 
 class _PackedQKV(TensorParallelLayer):
@@ -44,7 +53,40 @@ class _PackedQKV(TensorParallelLayer):
             module._parameters.update(whole)
 
 
+class _GatheredSequence(TensorParallelLayer):
+    """A module whose input `[rows, length, hidden]` is cut along the sequence: it gets all of it.
+
+    The input stays a DTensor, so that the gradients of all its uses are added up before they are scattered again.
+    """
+
+    def transform_inputs_pre_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mesh: DeviceMesh
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        whole = _gathered(hidden, mesh)
+        return ((whole, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": whole})
+
+
+class _GatheredColwise(ColwiseParallel):
+    """A column-wise layer whose input is cut along the sequence. (`input_layouts` would not do: without gradients, transformers
+    takes any input for a whole one.)"""
+
+    def transform_inputs_pre_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mesh: DeviceMesh
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        whole = (_gathered(args[0], mesh), *args[1:])
+        found: tuple[tuple[Any, ...], dict[str, Any]] = super().transform_inputs_pre_forward(module, whole, kwargs, mesh)
+        return found
+
+
+def _gathered(hidden: Tensor, mesh: DeviceMesh) -> DTensor:
+    return DTensor.from_local(hidden, mesh, [Shard(1)], run_check=False).redistribute(placements=[Replicate()])
+
+
 ALL_PARALLEL_STYLES.register(PACKED_QKV, _PackedQKV())  # type: ignore[arg-type]
+ALL_PARALLEL_STYLES.register(_GATHERED, _GatheredSequence())  # type: ignore[arg-type]
+ALL_PARALLEL_STYLES.register(_SCATTERED, RowwiseParallel(output_layouts=Shard(1)))  # type: ignore[arg-type]
+ALL_PARALLEL_STYLES.register(_GATHERED_COLWISE, _GatheredColwise())  # type: ignore[arg-type]
 
 
 def tensor_parallel(module: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> list[str]:
@@ -68,3 +110,36 @@ def tensor_parallel(module: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> li
             for attribute in attributes if isinstance(owner, nn.Module) else ():
                 setattr(owner, attribute, getattr(owner, attribute) // mesh.size())
     return partial
+
+
+def sequence_parallel(module: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> None:
+    """Splits `module` (on the meta device) over the 1D `mesh`, activations between its blocks along the sequence.
+
+    Gradients of all parameters that are not split are then partial sums over `tp` (`replicated_names`). The plan's styles are
+    known to be `SEQUENCE_STYLES`.
+    """
+    concrete: dict[str, str] = {}
+    gathered: dict[str, str] = {}
+    for pattern, style in plan.rules.items():
+        if of_experts(pattern, style) or style == PARTIAL_GRADIENT:
+            continue
+        known = {"colwise": "colwise", "rowwise": _SCATTERED, GATHERED_HEAD: _GATHERED_COLWISE}[style]
+        found = sorted((name for name, _ in matches(module, pattern)), key=lambda name: -name.count("."))
+        concrete.update(dict.fromkeys(found, known))
+        if known == "colwise":
+            inner = [name for name, its in matches(module, pattern) if isinstance(its, nn.Module)]
+            gathered |= {name.rpartition(".")[0]: _GATHERED for name in inner}
+    apply_tensor_parallelism(module, mesh, concrete | gathered)  # type: ignore[arg-type]
+
+
+def replicated_names(parameters: Mapping[str, nn.Parameter]) -> tuple[str, ...]:
+    """Names of those parameters that every rank of `tp` holds: it neither splits them, nor are they split experts."""
+    return tuple(name for name, parameter in parameters.items() if not _split(parameter))
+
+
+def _split(parameter: nn.Parameter) -> bool:
+    if not isinstance(parameter, DTensor):
+        return False
+    axes = parameter.device_mesh.mesh_dim_names or ()
+    splits = [axis for axis, kind in zip(axes, parameter.placements, strict=True) if not kind.is_replicate()]
+    return "tp" in splits or bool({"edp", "ep", "etp"} & set(axes))

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meshweave.config import LANGUAGE, RunConfig
-from meshweave.layout import AXES, Placement, relation
+from meshweave.layout import AXES, EXPERT_AXES, Placement, relation
 from meshweave.model.footprint import ModuleFootprint
 from meshweave.report.text import bytes_text, count_text, listing, ranks_text
 from meshweave.report.traffic import BoundaryTraffic
@@ -131,8 +131,6 @@ def _role(placement: Placement, ranks: Sequence[int]) -> Text:
 
 def _held_text(footprint: ModuleFootprint, ranks: Sequence[int]) -> str:
     """Parameters that each of `ranks` holds."""
-    if footprint.local is None:
-        return "?"
     held = [footprint.local[rank] for rank in ranks]
     fewest, most = count_text(min(held)), count_text(max(held))
     return most if fewest == most else f"{fewest} to {most}"
@@ -152,13 +150,13 @@ def _module_table(run: RunConfig, name: str, placement: Placement, footprint: Mo
     for axis, size in zip(AXES, layout.sizes(), strict=True):
         if size > 1:
             table.add_row(f"{axis} groups", _groups_text(_groups(placement, axis)))
+    for axis, size in zip(EXPERT_AXES, layout.sizes(EXPERT_AXES), strict=True):
+        if layout.ep * layout.etp > 1 and size > 1 and axis != "pp":
+            table.add_row(f"{axis} groups", _groups_text(_groups(placement, axis, EXPERT_AXES)))
     whole = f"{count_text(footprint.parameters)} in all"
-    if footprint.local is None:
-        table.add_row("parameters", f"{whole}; a rank's part is not known yet for this layout")
-        return table
     how = {"shard": ", sharded over dp", "replicate": ", replicated over dp"}[run.modules[name].data_parallel]
     held = f"{_held_text(footprint, placement.ranks)} a rank{how if layout.dp > 1 else ''}"
-    most = max(footprint.local_bytes(rank) or 0 for rank in placement.ranks)
+    most = max(footprint.local_bytes(rank) for rank in placement.ranks)
     table.add_row("parameters", f"{whole}, {held}")
     table.add_row("memory", f"{bytes_text(most)} a rank for parameters, gradients and AdamW")
     return table
@@ -172,22 +170,20 @@ def _groups_text(groups: Sequence[Sequence[int]]) -> str:
     return f"{len(groups)} of {len(groups[0])} ranks: {shown}"
 
 
-def _groups(placement: Placement, axis: str) -> list[tuple[int, ...]]:
-    """All groups along one axis, ordered by their first position in the layout."""
+def _groups(placement: Placement, axis: str, axes: tuple[str, ...] = AXES) -> list[tuple[int, ...]]:
+    """All groups along one axis (of the dense or expert view), ordered by their first position in the layout."""
     groups = []
     for rank in placement.ranks:
-        coordinate = placement.coordinate(rank)
+        coordinate = placement.coordinate(rank, axes)
         if coordinate is not None and coordinate[axis] == 0:
-            groups.append(placement.group(rank, axis))
+            groups.append(placement.group(rank, axis, axes))
     return groups
 
 
 def _fullest_rank(run: RunConfig, footprints: Mapping[str, ModuleFootprint]) -> Text:
-    totals = [sum(part.local_bytes(rank) or 0 for part in footprints.values()) for rank in range(run.world_size)]
+    totals = [sum(part.local_bytes(rank) for part in footprints.values()) for rank in range(run.world_size)]
     fullest = max(range(run.world_size), key=totals.__getitem__)
-    known = all(footprint.local is not None for footprint in footprints.values())
-    least = "" if known else "at least "
-    return Text(f"Fullest rank: {fullest}, {least}{bytes_text(totals[fullest])}; activations come on top.")
+    return Text(f"Fullest rank: {fullest}, {bytes_text(totals[fullest])}; activations come on top.")
 
 
 def _traffic_heading(crossing: BoundaryTraffic) -> Text:

@@ -11,6 +11,7 @@ from meshweave.boundary.ownership import Ownership, overlap
 from meshweave.boundary.transfer import TransferPlan
 from meshweave.config import LANGUAGE
 from meshweave.layout import Placement
+from meshweave.sequence.grid import UNCUT, SequenceRule
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,21 @@ class BoundaryTraffic:
 
 
 def boundary_traffic(
-    plan: StepPlan, placements: Mapping[str, Placement], token_bytes: Mapping[str, int], node_size: int | None = None
+    plan: StepPlan,
+    placements: Mapping[str, Placement],
+    token_bytes: Mapping[str, int],
+    rule: SequenceRule = UNCUT,
+    node_size: int | None = None,
 ) -> tuple[BoundaryTraffic, ...]:
     """Traffic of one step over every boundary: the bytes that a run of this plan moves.
 
     Args:
         placements: module to where it runs; the lanes are those that `plan` was made for.
         token_bytes: encoder to the bytes of one of its media tokens, all its tensors together.
+        rule: how sequences are cut.
     """
-    return tuple(
-        _traffic(encoder, plan, placements, token_bytes[encoder], node_size) for encoder in placements if encoder != LANGUAGE
-    )
+    encoders = [name for name in placements if name != LANGUAGE]
+    return tuple(_traffic(encoder, plan, placements, token_bytes[encoder], rule, node_size) for encoder in encoders)
 
 
 def lower_bound(source: Ownership, destination: Ownership) -> int:
@@ -80,9 +85,14 @@ def lower_bound(source: Ownership, destination: Ownership) -> int:
 
 
 def _traffic(
-    encoder: str, plan: StepPlan, placements: Mapping[str, Placement], token_bytes: int, node_size: int | None
+    encoder: str,
+    plan: StepPlan,
+    placements: Mapping[str, Placement],
+    token_bytes: int,
+    rule: SequenceRule,
+    node_size: int | None,
 ) -> BoundaryTraffic:
-    plans = [plan_crossing(part, encoder, placements, node_size) for part in plan.microbatches]
+    plans = [plan_crossing(part, encoder, placements, rule, node_size) for part in plan.microbatches]
     return BoundaryTraffic(
         encoder,
         samples=sum(len(lane) for part in plan.microbatches for lane in part.lanes),

@@ -116,7 +116,10 @@ def _module(run: RunConfig, pipeline: int, name: str, kind: str, rounds: int, tr
     if name == LANGUAGE:
         pieces = run.schedule.virtual_stages if run.schedule.language == "interleaved" else 1
         split = training and run.schedule.language == "zero_bubble"
-        return ModuleWork(name, pipeline * pieces, backward=training, split=split)
+        module = run.modules[name]
+        # Tokens travel between lanes to their experts; a loss over all lanes sums over them.
+        together = module.ep * module.etp > 1 or run.train.router_aux_scope == "microbatch"
+        return ModuleWork(name, pipeline * pieces, backward=training, split=split, together=together)
     # An encoder that is a pipeline itself takes a macro-batch one microbatch at a time.
     per_pass = rounds if kind != "nested" and pipeline == 1 else 1
     return ModuleWork(name, pipeline, per_pass, backward=training and run.modules[name].frozen is not True)

@@ -21,6 +21,8 @@ class ModuleWork:
     """Whether gradients flow through it: not in an evaluation, and not through a frozen encoder."""
     split: bool = False
     """Whether its backward comes in two halves, of the input and of the weights."""
+    together: bool = False
+    """Whether all ranks of a stage must work a pass together, because its computations hold collectives over lanes (experts)."""
 
     def passes(self, microbatches: int) -> int:
         """Passes of a step of so many language-model microbatches."""
@@ -52,8 +54,8 @@ class StepWork:
     neighbours: Mapping[tuple[str, int], tuple[int, int]]
     """(module, program) to the programs at the pipeline positions before and after it, ends joined."""
     gangs: Mapping[tuple[str, int], tuple[int, ...]]
-    """(module, program) to the programs that work together, itself included: they share lanes or, of a language model without a
-    pipeline, gather parameters block by block."""
+    """(module, program) to the programs that work together, itself included: they share lanes or experts or, of a language model
+    without a pipeline, gather parameters block by block."""
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -110,7 +112,7 @@ def plan_work(placements: Mapping[str, Placement], modules: Mapping[str, ModuleW
             before, after = _pipeline_neighbours(placement, its[0])
             neighbours[name, number] = program_of[before], program_of[after]
         programs.append(Program(tuple(its), stages))
-    gangs = _gangs(placements, program_of)
+    gangs = _gangs(placements, modules, program_of)
     if LANGUAGE in placements and placements[LANGUAGE].layout.pp == 1:
         everyone = tuple(number for number, program in enumerate(programs) if LANGUAGE in program.stages)
         gangs |= {(LANGUAGE, number): everyone for number in everyone}
@@ -150,12 +152,16 @@ def _refine(placements: Mapping[str, Placement], ranks: list[int]) -> dict[int, 
         keys = {rank: (kinds[rank], tuple((kinds[a], kinds[b]) for _, _, (a, b) in around[rank])) for rank in ranks}
 
 
-def _gangs(placements: Mapping[str, Placement], program_of: Mapping[int, int]) -> dict[tuple[str, int], tuple[int, ...]]:
+def _gangs(
+    placements: Mapping[str, Placement], modules: Mapping[str, ModuleWork], program_of: Mapping[int, int]
+) -> dict[tuple[str, int], tuple[int, ...]]:
     gangs: dict[tuple[str, int], tuple[int, ...]] = {}
     for name, placement in placements.items():
         for stage in range(placement.layout.pp):
             groups: list[set[int]] = []
-            for lane in {tuple(sorted({program_of[rank] for rank in lane})) for lane in placement.lanes(stage)}:
+            lanes = placement.lanes(stage)
+            coupled = (tuple(rank for lane in lanes for rank in lane),) if modules[name].together else lanes
+            for lane in {tuple(sorted({program_of[rank] for rank in lane})) for lane in coupled}:
                 joined = set(lane)
                 apart = []
                 for group in groups:

@@ -1,5 +1,7 @@
 """Which dataset does a run file name, and how does this rank load it?"""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +19,15 @@ from meshweave.data.sources.llava_json import LlavaJson
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import ConfigError
 from meshweave.layout import Placement
+from meshweave.model.flops import ModuleFlops
 from meshweave.schedule.schedule import Schedule
+from meshweave.sequence.cut import multiple_of
+from meshweave.sequence.grid import SequenceRule
+from meshweave.slots import Packing
 from meshweave.train.world import World
+
+_IN_TURN = 0.1
+"""Weight of even passes where uneven ones cost memory but no time."""
 
 
 def build_datasets(run: RunConfig, config: PreTrainedConfig) -> tuple[Dataset, Dataset | None]:
@@ -68,8 +77,52 @@ def _processor(run: RunConfig) -> Any:
         raise ConfigError(f"model: {str(run.model)!r} has no processor that transformers can load ({error})") from error
 
 
-def build_loader(run: RunConfig, dataset: Dataset, world: World, schedule: Schedule, *, training: bool = True) -> Loader:
-    """Loader of this rank's part of every step; without `training`, one ordered pass over everything."""
+def packing_of(run: RunConfig, flops: ModuleFlops | None = None) -> Packing:
+    """How samples share a slot; a sequence costs what `flops`, of the language model, says, or else its tokens."""
+    language = run.modules[LANGUAGE]
+    multiple = multiple_of(language.cp, language.tp if language.sequence_parallel else 1)
+    packing = Packing(run.packed, run.train.max_tokens, multiple)
+    return packing if flops is None else replace(packing, per_token=flops.per_token, per_pair=flops.per_pair)
+
+
+def build_planner(
+    run: RunConfig,
+    dataset: Dataset,
+    placements: Mapping[str, Placement],
+    schedule: Schedule,
+    flops: ModuleFlops | None = None,
+) -> Loader:
+    """A loader that plans the run's steps (`Loader.plan`) in this process alone, as the ranks of the run will."""
+    return Loader(
+        dataset,
+        batch_size=run.train.batch_size,
+        microbatches=run.train.microbatches,
+        language_lanes=placements[LANGUAGE].layout.dp,
+        language_lane=None,
+        encoders={
+            name: EncoderRole(placements[name].layout.dp, passes=encoder_passes(name, placements[name], schedule))
+            for name in run.encoders
+        },
+        packing=packing_of(run, flops),
+        seed=run.seed,
+        on_error=run.data.on_error if run.data else "stop",
+    )
+
+
+def build_loader(
+    run: RunConfig,
+    dataset: Dataset,
+    world: World,
+    schedule: Schedule,
+    rule: SequenceRule,
+    *,
+    training: bool = True,
+    flops: ModuleFlops | None = None,
+) -> Loader:
+    """Loader of this rank's part of every step; without `training`, one ordered pass over everything.
+
+    Sequences are cut by `rule`, and balanced by `flops` of the language model where these are given, else by their tokens.
+    """
     language = world.placements[LANGUAGE]
     return Loader(
         dataset,
@@ -78,7 +131,10 @@ def build_loader(run: RunConfig, dataset: Dataset, world: World, schedule: Sched
         language_lanes=language.layout.dp,
         language_lane=language.lane(world.rank),
         encoders={name: _role(name, world.placements[name], schedule, world.rank) for name in run.encoders},
-        crossing=partial(_crossing, world),
+        rule=rule,
+        # Without gradients there is room, and a step that does not fit must not end a run that is done.
+        packing=packing_of(run, flops) if training else Packing(run.packed),
+        crossing=partial(_crossing, world, rule),
         rank=world.rank,
         world=world.size,
         group=world.data_group,
@@ -89,9 +145,9 @@ def build_loader(run: RunConfig, dataset: Dataset, world: World, schedule: Sched
     )
 
 
-def _crossing(world: World, plan: MicrobatchPlan, encoder: str) -> TransferPlan:
+def _crossing(world: World, rule: SequenceRule, plan: MicrobatchPlan, encoder: str) -> TransferPlan:
     """With this rank's part of both ways worked out: in the loader's thread, which the step does not wait for."""
-    crossing = plan_crossing(plan, encoder, world.placements, world.node_size)
+    crossing = plan_crossing(plan, encoder, world.placements, rule, world.node_size)
     for way in (crossing, crossing.transpose()):
         way.for_rank(world.rank)
     return crossing
@@ -104,7 +160,11 @@ def encoder_passes(encoder: str, placement: Placement, schedule: Schedule) -> En
     of_lanes = None
     if shares is not None:
         of_lanes = tuple(tuple(part[program] for program in programs if program is not None) for part in shares)
-    return EncoderPasses(schedule.work.modules[encoder].per_pass, of_lanes)
+    # On the language model's ranks and without a pipeline, passes follow one another: what counts is their sum, not the heaviest,
+    # which only holds more activations.
+    colocated = all(LANGUAGE in program.stages for program in schedule.work.programs if encoder in program.stages)
+    in_turn = colocated and schedule.work.modules[LANGUAGE].stages == 1
+    return EncoderPasses(schedule.work.modules[encoder].per_pass, of_lanes, weight=_IN_TURN if in_turn else 1.0)
 
 
 def _role(encoder: str, placement: Placement, schedule: Schedule, rank: int) -> EncoderRole:

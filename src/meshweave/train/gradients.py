@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from meshweave.layout import Placement
+from meshweave.layout import AXES, EXPERT_AXES, Placement
 from meshweave.parallel.build import LocalModule
 from meshweave.parallel.mesh import axis_mesh
 
@@ -50,12 +50,17 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 def counts_here(parameter: nn.Parameter, placement: Placement, rank: int) -> bool:
     """Whether this rank's part of the parameter counts in sums over all ranks: one copy of every shard does."""
-    coordinate = placement.coordinate(rank)
-    assert coordinate is not None
     sharded: set[str] = set()
+    axes: tuple[str, ...] = AXES
     if isinstance(parameter, DTensor):
         names = parameter.device_mesh.mesh_dim_names or ()
+        if set(names) & set(EXPERT_AXES[1:]):
+            axes = EXPERT_AXES
         sharded = {name for name, kind in zip(names, parameter.placements, strict=True) if not kind.is_replicate()}
+    if "dp" in sharded:
+        sharded.add("cp")  # the mesh's `dp` is both
+    coordinate = placement.coordinate(rank, axes)
+    assert coordinate is not None
     return all(index == 0 for axis, index in coordinate.items() if axis not in sharded and axis != "pp")
 
 

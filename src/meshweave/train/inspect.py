@@ -8,6 +8,7 @@ from meshweave.model.blueprint import STORED, TRAVELS_AS, blueprint_of, read_mod
 from meshweave.model.check import check_model
 from meshweave.model.footprint import footprints
 from meshweave.model.modules import graph_of, media_widths
+from meshweave.model.slicing import sequence_rule
 from meshweave.model.stages import stage_cuts
 from meshweave.report.layout_map import render_layout_map, title
 from meshweave.report.layout_picture import draw_layout_map
@@ -37,7 +38,7 @@ def inspect_run(run: RunConfig, console: Console) -> None:
     gathered = {name for name in where if not schedule.streams(name)}
     held = footprints(graph, where, kinds, stage_cuts(run, graph), gathered)
     token_bytes = {name: sum(widths) * TRAVELS_AS[run.dtype].itemsize for name, widths in media_widths(config).items()}
-    traffic = boundary_traffic(typical, where, token_bytes, run.node_size)
+    traffic = boundary_traffic(typical, where, token_bytes, sequence_rule(run, config), run.node_size)
     console.print(render_layout_map(run, where, held, traffic))
     timeline = simulate(schedule, durations(schedule.work))
     console.print(

@@ -1,7 +1,9 @@
 """What would the plain single-process Hugging Face model have done? The reference that every layout must equal."""
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,12 +15,28 @@ from meshweave.config import RunConfig
 from meshweave.data.dataset import Dataset
 from meshweave.data.join import join_media
 from meshweave.model.blueprint import auto_class, blueprint_of, implementations
+from meshweave.model.experts import routers
 from meshweave.model.frozen import frozen_names
 from meshweave.model.modules import graph_of
+from meshweave.model.routing import router_coefficient
 from meshweave.train.optimizer import build_optimizer, build_schedule
 
 _OF_VIDEOS = {"pixel_values": "pixel_values_videos", "image_grid_thw": "video_grid_thw"}
 """What the stock forward calls the inputs of videos, which a dataset names as those of images."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the plain model says of a step."""
+
+    loss: float
+    """Per target token."""
+    targets: int
+    """Target tokens."""
+    gradients: Mapping[str, Tensor]
+    """Of the whole loss per target token, by full parameter name."""
+    router_aux_loss: float = 0.0
+    """Load-balancing loss (`model/routing.py`), its coefficient left out."""
 
 
 def stock_batch(model: PreTrainedModel, dataset: Dataset, samples: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
@@ -55,6 +73,7 @@ class Oracle:
     ) -> None:
         """Starts from `weights` by full parameter name, or from the run's model folder if None."""
         model: PreTrainedModel
+        config = copy.deepcopy(config)
         if weights is None:
             model = auto_class(config).from_pretrained(run.model, config=config, dtype=dtype, **implementations(dtype))
         else:
@@ -71,25 +90,55 @@ class Oracle:
             parameters = graph.parameters(module)
             for name in frozen_names(options, parameters):
                 parameters[name].requires_grad_(False)
+        text = config.get_text_config()
+        self.coefficient = router_coefficient(run, text)
+        self.chosen = getattr(text, "num_experts_per_tok", 0)
+        self.logits: list[Tensor] = []
+        for router, index in routers(graph).values():
+            router.register_forward_hook(lambda module, args, output, index=index: self.logits.append(output[index]))
         self.optimizer = build_optimizer(run, {name: graph.parameters(name) for name in run.modules})
         self.schedule = build_schedule(run, self.optimizer)
 
-    def backward(self, dataset: Dataset, samples: Sequence[int]) -> tuple[float, int, dict[str, Tensor]]:
-        """Loss per target token, number of target tokens, and the gradient of that loss by full parameter name."""
+    def backward(self, dataset: Dataset, samples: Sequence[int], groups: Sequence[Sequence[int]] = ()) -> Expected:
+        """Loss and gradients of one step.
+
+        Args:
+            groups: the samples among whose tokens experts shall be loaded evenly, group by group.
+        """
         inputs, labels = stock_batch(self.model, dataset, samples)
+        mask = inputs["attention_mask"]
         self.optimizer.zero_grad()
+        self.logits.clear()
         logits = self.model(**inputs, use_cache=False).logits
         predicted, target = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         targets = int((target != -100).sum())
         loss = functional.cross_entropy(predicted, target, ignore_index=-100, reduction="sum")
         # Divided after backward: transformers rounds norms to float32 even in float64, and 1/N before would shift that rounding.
-        if loss.requires_grad:  # it does not where nothing but a frozen language model made it
-            loss.backward()
+        aux = loss.new_zeros(())
+        if self.logits and groups:
+            rows = {sample: row for row, sample in enumerate(samples)}
+            aux = torch.stack(
+                [self._balance([rows[sample] for sample in group], mask, labels) for group in groups if group]
+            ).sum()
+        whole = loss + self.coefficient * aux if self.coefficient else loss
+        if whole.requires_grad:  # it does not where nothing but a frozen language model made it
+            whole.backward()
         gradients = {}
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
                 gradients[name] = parameter.grad.div_(max(1, targets)).clone()
-        return loss.item() / max(1, targets), targets, gradients
+        return Expected(loss.item() / max(1, targets), targets, gradients, aux.item() / max(1, targets))
+
+    def _balance(self, rows: list[int], mask: Tensor, labels: Tensor) -> Tensor:
+        """Target tokens of some rows of the batch, times the load-balancing loss of their tokens."""
+        tokens = mask[rows].bool()
+        losses = []
+        for logits in self.logits:
+            probabilities = logits.view(*mask.shape, -1)[rows][tokens].softmax(-1)
+            experts = probabilities.shape[-1]
+            choices = functional.one_hot(probabilities.topk(self.chosen).indices, experts).to(probabilities.dtype)
+            losses.append(experts * (choices.mean((0, 1)) * probabilities.mean(0)).sum())
+        return (labels[rows][:, 1:] != -100).sum() * torch.stack(losses).mean()
 
     def update(self) -> None:
         """Clips and takes one optimizer step with the gradients of the last `backward`."""

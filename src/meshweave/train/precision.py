@@ -1,10 +1,11 @@
-"""How is float64 kept float64? transformers' norms compute in float32, whatever the model's dtype."""
+"""How is float64 kept float64? transformers' norms and routers compute in float32, whatever the model's dtype."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 _PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -19,6 +20,8 @@ class _KeepFloat64(TorchFunctionMode):
             given = (*args[1:], *(kwargs or {}).values()) or (torch.float32,)
             if torch.float32 in given:
                 return args[0]
+        if func is functional.softmax and kwargs and kwargs.get("dtype") is torch.float32 and args[0].dtype == torch.float64:
+            kwargs = {**kwargs, "dtype": None}
         if func in _PRODUCTS and {arg.dtype for arg in args} == {torch.float32, torch.float64}:
             # What was lowered on purpose meets what was made in float32.
             args = [arg.double() for arg in args]
@@ -26,7 +29,7 @@ class _KeepFloat64(TorchFunctionMode):
 
 
 def full_precision(dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Inside it, a float64 model's `x.to(torch.float32)` and `x.float()` do nothing; no effect on other dtypes.
+    """Inside it, a float64 model's `x.to(torch.float32)`, `x.float()` and their like do nothing; no effect on other dtypes.
 
     A comparison at 1e-9 needs it on both sides: differences of 1e-16 would now and then round to different float32 numbers.
     """

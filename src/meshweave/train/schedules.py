@@ -23,6 +23,7 @@ from meshweave.schedule.durations import Durations, Key
 from meshweave.schedule.plan import plan_schedule
 from meshweave.schedule.schedule import Schedule
 from meshweave.schedule.work import StepWork
+from meshweave.slots import Packing
 from meshweave.train.world import World
 
 _LOOKED_AT = 256
@@ -95,6 +96,8 @@ def typical_step(run: RunConfig, dataset: Dataset) -> StepPlan:
         microbatches=run.train.microbatches,
         language_lanes=run.modules[LANGUAGE].dp,
         encoder_lanes={name: run.modules[name].dp for name in run.encoders},
+        # No budget: these samples are no step of the run, whose own ones have to fit.
+        packing=Packing(run.packed),
     )
 
 

@@ -32,6 +32,10 @@ class Totals:
     """Module to its squared gradient norm, of the summed (not yet divided) gradients; empty without a backward."""
     crossed: Mapping[str, tuple[int, int]]
     """Encoder to the media tokens sent from rank to rank over its boundary, forward and backward."""
+    aux_sum: float = 0.0
+    """Load-balancing loss of every group of tokens (`model/routing.py`), times its target tokens; 0 without a backward."""
+    load: tuple[tuple[float, ...], ...] = ()
+    """Layer with a router → expert → (token, slot) pairs; of a step with a backward."""
 
     @property
     def loss(self) -> float:
@@ -39,8 +43,19 @@ class Totals:
         return self.loss_sum / max(1, self.targets)
 
     @property
+    def router_aux_loss(self) -> float:
+        """Mean load-balancing loss, its coefficient left out: 1 where experts are loaded evenly."""
+        return self.aux_sum / max(1, self.targets)
+
+    @property
+    def imbalance(self) -> float:
+        """Load of a layer's busiest expert, relative to the mean of that layer; mean over layers. 0 without experts."""
+        busiest = [max(layer) * len(layer) / max(1.0, sum(layer)) for layer in self.load]
+        return sum(busiest) / max(1, len(busiest))
+
+    @property
     def grad_norm(self) -> float:
-        """Norm of the gradient of `loss`, over all modules."""
+        """Norm of the gradient of the step's whole loss, over all modules."""
         return math.sqrt(sum(self.squared_norms.values())) / max(1, self.targets)
 
 
@@ -70,12 +85,13 @@ def run_step(
                 sum_partial_gradients(model.modules[name], world.meshes[name])
                 sum_tied_gradients(model.modules[name], placement, world.rank)
                 norms[index] = squared_norm(model.modules[name], placement, world.rank)
-        totals = torch.cat([worker.sums, norms])
+        totals = torch.cat([worker.sums, norms, worker.load.flatten()])
         if world.size > 1:
             dist.all_reduce(totals)
-    loss_sum, targets, exact, samples, *squares = totals.tolist()
-    squared_norms = dict(zip(world.placements, squares, strict=True)) if backward else {}
-    return Totals(loss_sum, int(targets), int(exact), int(samples), squared_norms, _crossed(step, schedule))
+    loss_sum, targets, exact, samples, aux_sum, *rest = totals.tolist()
+    squared_norms = dict(zip(world.placements, rest[: len(norms)], strict=True)) if backward else {}
+    load = tuple(map(tuple, totals[len(totals) - worker.load.numel() :].view_as(worker.load).tolist()))
+    return Totals(loss_sum, int(targets), int(exact), int(samples), squared_norms, _crossed(step, schedule), aux_sum, load)
 
 
 def _crossed(step: LocalStep, schedule: Schedule) -> dict[str, tuple[int, int]]:

@@ -58,12 +58,12 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
     """
     training, held_out = build_datasets(run, config)
     schedule = agreed_schedule(world, run, config, training)
-    loader = build_loader(run, training, world, schedule)
-    model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
-    optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
-    rates = build_schedule(run, optimizer)
     graph = graph_of(blueprint_of(config, STORED[run.dtype]))
     flops = {name: count_flops(graph, name) for name in run.modules}
+    model = build_model(run, config, world.placements, world.meshes, world.rank, world.device, world.expert_meshes)
+    loader = build_loader(run, training, world, schedule, model.part.rule, flops=flops[LANGUAGE])
+    optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
+    rates = build_schedule(run, optimizer)
     travel = Travel(media_widths(config), config.get_text_config().hidden_size, TRAVELS_AS[run.dtype])
     token_bytes = {name: sum(widths) * travel.dtype.itemsize for name, widths in travel.widths.items()}
     records: list[dict[str, Any]] = []
@@ -105,6 +105,8 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
                 "skipped_samples": step.skipped,
                 "updated": int(updated),
             }
+            if totals.load:
+                record |= {"router_aux_loss": totals.router_aux_loss, "expert_imbalance": totals.imbalance}
             started = now
             records.append(record)
             if log is not None:
@@ -130,7 +132,7 @@ def evaluate(
     A sample is exact if every target token is the most likely one given those before it: what greedy decoding would write.
     """
     schedule = agreed_schedule(world, run, config, dataset, training=False)
-    loader = build_loader(run, dataset, world, schedule, training=False)
+    loader = build_loader(run, dataset, world, schedule, model.part.rule, training=False)
     for part in model.modules.values():
         for stage in part.stages.values():
             stage.eval()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from meshweave.batch import StepPlan
 from meshweave.config import LANGUAGE, RunConfig
 from meshweave.data.dataset import Dataset
 from meshweave.data.loader import Loader, LocalStep
@@ -21,7 +22,7 @@ from meshweave.parallel.build import build_model
 from meshweave.train.collect import gather_led, whole_values
 from meshweave.train.data import build_datasets, build_loader
 from meshweave.train.optimizer import build_optimizer, build_schedule
-from meshweave.train.oracle import Oracle
+from meshweave.train.oracle import Expected, Oracle
 from meshweave.train.precision import full_precision
 from meshweave.train.schedules import agreed_schedule
 from meshweave.train.step import Totals, finish_gradients, run_step
@@ -92,9 +93,9 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
         dataset = SyntheticDataset(config, run.train.batch_size * steps, run.seed)
     else:
         dataset, _ = build_datasets(run, config)
-    model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
+    model = build_model(run, config, world.placements, world.meshes, world.rank, world.device, world.expert_meshes)
     schedule = agreed_schedule(world, run, config, dataset)
-    loader = build_loader(run, dataset, world, schedule)
+    loader = build_loader(run, dataset, world, schedule, model.part.rule)
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
     rates = build_schedule(run, optimizer)
     travel = Travel(media_widths(config), config.get_text_config().hidden_size, dtype)
@@ -111,10 +112,10 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
         gathered = gather_led(model, world, gradients)
         if oracle is not None:
             with full_precision(dtype):
-                expected_loss, targets, expected = oracle.backward(dataset, _readable(loader, number, step))
-            loss = max(loss, _loss_error(totals, expected_loss, targets, number), key=lambda worst: worst.error)
+                expected = oracle.backward(dataset, _readable(loader, number, step), _token_groups(run, step.plan))
+            loss = max(loss, _loss_error(totals, expected, number), key=lambda worst: worst.error)
             actual = {name: value / max(1, totals.targets) for name, value in gathered.items()}
-            gradient = max(gradient, _worst(actual, expected, number), key=lambda worst: worst.error)
+            gradient = max(gradient, _worst(actual, expected.gradients, number), key=lambda worst: worst.error)
             oracle.update()
         if finish_gradients(model, totals, run.train.max_grad_norm):
             optimizer.step()
@@ -126,8 +127,8 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
     gradient = max(gradient, drift, key=lambda worst: worst.error)
     weight, compared = Worst(), 0
     if oracle is not None:
-        expected = oracle.parameters()
-        weight, compared = _worst(weights, expected, steps - 1), len(expected)
+        parameters = oracle.parameters()
+        weight, compared = _worst(weights, parameters, steps - 1), len(parameters)
     mine = VerifyReport(steps, run.dtype, TOLERANCES[run.dtype], loss, gradient, weight, compared, samples, items)
     return _from_first(mine, world)
 
@@ -138,7 +139,7 @@ def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     modules = [module_config(config, name) for name in (LANGUAGE, *ENCODERS) if name == LANGUAGE or has_encoder(config, name)]
     for part in (config, *modules):
         for key, value in part.to_dict().items():
-            if key.endswith(("dropout", "_pdrop")) and value:
+            if key.endswith(("dropout", "_pdrop", "jitter_noise")) and value:
                 setattr(part, key, 0.0)
     return config
 
@@ -176,10 +177,20 @@ def _readable(loader: Loader, number: int, step: LocalStep) -> list[int]:
     return [sample for sample in ids if sample in planned] if step.skipped else ids
 
 
-def _loss_error(totals: Totals, expected: float, targets: int, step: int) -> Worst:
-    if totals.targets != targets:
-        return Worst(float("inf"), f"{totals.targets} target tokens, the plain model has {targets}", step)
-    return Worst(_finite(abs(totals.loss - expected) / max(abs(expected), 1e-12)), "loss", step)
+def _token_groups(run: RunConfig, plan: StepPlan) -> list[list[int]]:
+    """Samples among whose tokens experts shall be loaded evenly: those of each lane's microbatch, or of each microbatch."""
+    lanes = [[[sample.sample for sample in lane] for lane in part.lanes] for part in plan.microbatches]
+    if run.train.router_aux_scope == "lane":
+        return [lane for part in lanes for lane in part]
+    return [[sample for lane in part for sample in lane] for part in lanes]
+
+
+def _loss_error(totals: Totals, expected: Expected, step: int) -> Worst:
+    if totals.targets != expected.targets:
+        return Worst(float("inf"), f"{totals.targets} target tokens, the plain model has {expected.targets}", step)
+    pairs = {"loss": (totals.loss, expected.loss), "router_aux_loss": (totals.router_aux_loss, expected.router_aux_loss)}
+    errors = [Worst(_finite(abs(mine - its) / max(abs(its), 1e-12)), name, step) for name, (mine, its) in pairs.items()]
+    return max(errors, key=lambda worst: worst.error)
 
 
 def _worst(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], step: int) -> Worst:

@@ -5,20 +5,30 @@ The boundary and the ends of stages are crossed outside autograd: each side runs
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from meshweave.config import LANGUAGE
-from meshweave.data.loader import LocalStep
+from meshweave.data.dataset import IGNORE
+from meshweave.data.loader import LanguageBatch, LocalStep
 from meshweave.errors import DataError
 from meshweave.model.encoder import EncoderStage, received_shapes
+from meshweave.model.language import LanguageStage
+from meshweave.model.routing import balance
+from meshweave.model.slicing import LanePart
 from meshweave.parallel.build import LocalModel
+from meshweave.parallel.context import SequencePlan
 from meshweave.parallel.data import synchronize_gradients
+from meshweave.parallel.mesh import axis_mesh
 from meshweave.parallel.step_gather import accumulate, gather, reduce
 from meshweave.schedule.actions import Action, Kind
 from meshweave.schedule.runtime import Message
 from meshweave.schedule.schedule import Schedule
+from meshweave.sequence.grid import LaneGrid
 from meshweave.train.split_backward import SplitBackward
 from meshweave.train.token_mail import TokenMail, sends_of
 from meshweave.train.world import World
@@ -57,8 +67,13 @@ class StepWorker:
 
     def __init__(self, model: LocalModel, step: LocalStep, world: World, schedule: Schedule, travel: Travel) -> None:
         self.model, self.step, self.world, self.schedule, self.travel = model, step, world, schedule, travel
-        self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)
-        """Loss, target tokens, exact samples, samples; on the rank that reports for its lane."""
+        self.sums = torch.zeros(5, dtype=torch.float64, device=world.device)
+        """Loss, target tokens, exact samples, samples; on the rank that reports for its lane. Then this rank's part of the
+        load-balancing loss, by target tokens."""
+        routing = model.routing
+        size = (routing.layers, routing.experts) if routing else (0, 0)
+        self.load = torch.zeros(size, dtype=torch.float64, device=world.device)
+        """[layers with a router, experts] (token, slot) pairs of this rank."""
         program = schedule.work.program_of(world.rank)
         actions = () if program is None else schedule.actions[program]
         self._nothing = {
@@ -68,6 +83,7 @@ class StepWorker:
         self._done: dict[_Key, _Done] = {}
         self._received: dict[tuple[Kind, str, int, int], tuple[Tensor, ...]] = {}
         self._to_send: dict[tuple[Kind, str, int, int], tuple[Tensor, ...]] = {}
+        self._attends: dict[int, SequencePlan] = {}
         self._last = {name: _last_work(step, name) for name in model.modules}
 
     def compute(self, action: Action) -> None:
@@ -125,7 +141,7 @@ class StepWorker:
         if module == LANGUAGE:
             batch = self.step.language[number]
             assert batch is not None
-            return ((*batch.input_ids.shape, self.travel.hidden),)
+            return ((batch.grid.rows, self.model.part.own_length(batch.grid), self.travel.hidden),)
         media = self.step.media[module][number]
         if media is None:
             return ()
@@ -153,14 +169,17 @@ class StepWorker:
         labels = batch.labels.to(self.world.device)
         arguments = {
             "input_ids": batch.input_ids.to(self.world.device),
+            "grid": batch.grid,
+            "sequence": self._attention(number, batch.grid),
             "media": parts,
             "items": [item for sample in plan.lanes[lane] for item in sample.media],
             "hidden": inputs[0] if inputs else None,
             "labels": labels,
-            # Lanes that gather parameters together must also go backward together, those without media, too.
-            "backward": self.schedule.streams(LANGUAGE)
-            and any(work.modules[encoder].backward and plan.items[encoder] for encoder in work.encoders),
         }
+        if stage == 0 and (self.schedule.streams(LANGUAGE) or work.modules[LANGUAGE].together):
+            # Lanes that gather parameters or use experts together must also go backward together, those without media, too.
+            wanted = [tokens[:0] for name, tokens in media.items() if tokens.requires_grad and plan.items[name]]
+            arguments["anchor"] = wanted[0] if wanted else None
         module = self.model.modules[LANGUAGE].stages[stage]
         if split is not None:
             with split.recording():
@@ -168,15 +187,46 @@ class StepWorker:
         else:
             result = module(**arguments)
         if stage < work.last(LANGUAGE):
-            outputs = (result,)
+            outputs: tuple[Tensor, ...] = (result,)
             self._send_on(Kind.SEND_FORWARD, LANGUAGE, stage, number, outputs)
         else:
             loss, exact = result
             outputs = (loss,)
             if self.world.leads_lane:
-                self.sums += _sums(loss, labels, exact, len(plan.lanes[lane]))
+                self.sums += _sums(labels, exact, len(plan.lanes[lane]))
+            coordinate = self.world.placements[LANGUAGE].coordinate(self.world.rank)
+            assert coordinate is not None
+            if not (module.loss_is_shared and coordinate["tp"]):
+                self.sums[0] += loss.detach()
+        assert isinstance(module, LanguageStage)
+        outputs += self._balance(module, batch)
         if torch.is_grad_enabled():
             self._done[LANGUAGE, stage, number] = _Done(inputs, outputs, media, split)
+
+    def _attention(self, number: int, grid: LaneGrid) -> SequencePlan | None:
+        """How this lane attends in a microbatch; None where the stock implementation does."""
+        if grid.sequence is None:
+            return None
+        if number not in self._attends:
+            self._attends[number] = SequencePlan(grid.sequence, grid.parts, self.model.part.rule.masks, self.model.context)
+        return self._attends[number]
+
+    def _balance(self, stage: LanguageStage, batch: LanguageBatch) -> tuple[Tensor, ...]:
+        """The load-balancing loss of a forward, as one further output; none without a backward, or in a stage without routers."""
+        logits, routing = stage.routed.take(), self.model.routing
+        if routing is None or not logits or not torch.is_grad_enabled():
+            return ()
+        placement, mesh = self.world.placements[LANGUAGE], self.world.meshes[LANGUAGE]
+        coordinate = placement.coordinate(self.world.rank)
+        assert coordinate is not None
+        speaks = all(index == 0 for axis, index in coordinate.items() if axis not in ("pp", "dp"))
+        targets = int((batch.labels[:, 1:] != IGNORE).sum()) if speaks else 0
+        real = torch.from_numpy(batch.grid.real())[:, self.model.part.own(batch.grid)]
+        groups = _token_groups(self.model.part, mesh, routing.scope)
+        its = balance(logits, real.flatten().to(self.world.device), targets, routing, groups)
+        self.load[stage.routed.layers] += its.load
+        self.sums[4] += its.loss.detach()
+        return (routing.coefficient * its.loss,) if routing.coefficient else ()
 
     def _encoder_forward(self, encoder: str, stage: int, number: int) -> None:
         media = self.step.media[encoder][number]
@@ -217,6 +267,8 @@ class StepWorker:
         gradients = self._gradients(module, stage, number, done)
         media = [tokens for tokens in done.media.values() if tokens.requires_grad]
         wanted = [*done.inputs, *media]
+        # A loss goes without.
+        gradients += (None,) * (len(done.outputs) - len(gradients))
         pairs = [(output, gradient) for output, gradient in zip(done.outputs, gradients, strict=True) if output.requires_grad]
         outputs, given = [output for output, _ in pairs], [gradient for _, gradient in pairs]
         found: list[Tensor | None] = [None] * len(wanted)
@@ -265,11 +317,21 @@ class StepWorker:
         return value.to(self.world.device)
 
 
-def _sums(loss: Tensor, labels: Tensor, exact: Tensor | None, samples: int) -> Tensor:
-    sums = torch.zeros(4, dtype=torch.float64, device=loss.device)
-    sums[0] = loss.detach()
+def _token_groups(part: LanePart, mesh: DeviceMesh, scope: Literal["lane", "microbatch"]) -> list[dist.ProcessGroup]:
+    """Groups over which the tokens of one lane's microbatch, or of a whole microbatch, lie in one stage of the language model.
+
+    Sums over one after the other are sums over all of them.
+    """
+    lanes = axis_mesh(mesh, "dp")  # with `cp`
+    assert lanes is not None
+    across = part.cp_groups if scope == "lane" else [lanes.get_group()]
+    return [*across, *([part.tp_group] if part.tp_group is not None else [])]
+
+
+def _sums(labels: Tensor, exact: Tensor | None, samples: int) -> Tensor:
+    sums = torch.zeros(5, dtype=torch.float64, device=labels.device)
     sums[1] = (labels[:, 1:] != -100).sum()
-    sums[2] = exact[:samples].sum() if exact is not None else 0
+    sums[2] = exact.sum() if exact is not None else 0
     sums[3] = samples
     return sums
 

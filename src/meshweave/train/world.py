@@ -1,13 +1,15 @@
 """Where does this process stand? Joins a world that a launcher made, or spawns a local one, and ends it cleanly."""
 
+import gc
 import logging
 import os
 import pickle
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshweave.config import LANGUAGE, RunConfig
 from meshweave.errors import ConfigError, MeshweaveError, RankError
 from meshweave.layout import Placement, placements
-from meshweave.parallel.mesh import build_meshes
+from meshweave.parallel.mesh import build_expert_meshes, build_meshes
 from meshweave.schedule.runtime import lost_ranks_named
 
 Result = TypeVar("Result")
@@ -46,6 +48,8 @@ class World:
     node_size: int | None = None
     timeout_seconds: float = 600.0
     """How long a rank waits for another before it ends the run."""
+    expert_meshes: Mapping[str, DeviceMesh] = field(default_factory=dict)
+    """Of the modules that split their experts."""
 
     @property
     def leads_lane(self) -> bool:
@@ -100,7 +104,8 @@ def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result
         # A forked child has torch imported already; CUDA does not survive a fork.
         method = "spawn" if gpus else "fork"
         try:
-            mp.start_processes(_local_rank, (run, work, folder), nprocs=run.world_size, start_method=method)
+            with _no_garbage():
+                mp.start_processes(_local_rank, (run, work, folder), nprocs=run.world_size, start_method=method)
         except mp.ProcessExitedException as error:
             raise _ended(error) from error
         except mp.ProcessRaisedException as error:
@@ -109,6 +114,18 @@ def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result
                 raise
             raise failure from error
         return pickle.loads((Path(folder) / "result").read_bytes())
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Processes that are forked inside it do not collect this one's garbage: a process group of an earlier run would wait there
+    for its threads, which a fork does not copy."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _local_rank(rank: int, run: RunConfig, work: Callable[[World, RunConfig], Any], folder: str) -> None:
@@ -166,9 +183,9 @@ def _with_process_group(
     )
     try:
         where = placements(run)
-        meshes = build_meshes(where, device.type)
+        meshes, expert_meshes = build_meshes(where, device.type), build_expert_meshes(where, device.type)
         data_group = dist.new_group(backend="gloo", timeout=timeout) if run.world_size > 1 else None
-        world = World(rank, run.world_size, device, where, meshes, data_group, run.node_size, run.timeout_seconds)
+        world = World(rank, run.world_size, device, where, meshes, data_group, run.node_size, run.timeout_seconds, expert_meshes)
         with lost_ranks_named(rank, run.timeout_seconds, "work outside a step"):
             result = work(world, run)
             # A rank that leaves early now and then aborts the others.

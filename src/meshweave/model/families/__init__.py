@@ -18,7 +18,7 @@ from meshweave.model.families import (
     siglip,
     whisper,
 )
-from meshweave.model.families.plan import CutPlan, TensorPlan, matches
+from meshweave.model.families.plan import GATHERED_HEAD, CutPlan, PatchPlan, TensorPlan, matches
 from meshweave.model.modules import ModelGraph
 
 PLANS: dict[str, TensorPlan] = (
@@ -47,6 +47,9 @@ CUTS: dict[str, CutPlan] = (
 )
 """`model_type` of an encoder to where it may be cut into pipeline stages."""
 
+PATCHES: dict[str, PatchPlan] = qwen2_5_vl.PATCHES | qwen3_vl.PATCHES
+"""`model_type` of an encoder to how its patches are shared out over `cp`."""
+
 LANGUAGE_CUT = CutPlan(blocks="layers", before=("embed_tokens",))
 """transformers' text models are built alike."""
 
@@ -70,7 +73,7 @@ PROVEN = frozenset(
 )
 """`model_type`s that the tests verify (docs/families.md); others take the generic path."""
 
-HEAD_PLAN = TensorPlan(rules={"": "colwise_gather_output"})
+HEAD_PLAN = TensorPlan(rules={"": GATHERED_HEAD})
 
 
 def tensor_plans(graph: ModelGraph, name: str) -> dict[str, TensorPlan]:
@@ -156,6 +159,22 @@ def _plan_of(module: nn.Module) -> TensorPlan | None:
         return None
     rules = getattr(config, "base_model_tp_plan", None)
     return PLANS.get(config.model_type) or (_without_alternatives(module, rules) if rules else None)
+
+
+def patch_plan(graph: ModelGraph, name: str) -> tuple[str, PatchPlan]:
+    """Full name of the sub-model whose patches are shared out over `cp`, and how.
+
+    Raises:
+        LayoutError: it is not known how.
+    """
+    for child, module in graph.of_module(name).items():
+        kind = getattr(getattr(module, "config", None), "model_type", "")
+        if kind in PATCHES:
+            return child, PATCHES[kind]
+    raise LayoutError(
+        f"modules.{name}: its model does not take the patches of all items as one sequence, so cp cannot share them out; set "
+        "its cp to 1 (dp deals out images and tiles)"
+    )
 
 
 def _without_alternatives(module: nn.Module, rules: Mapping[str, str]) -> TensorPlan:

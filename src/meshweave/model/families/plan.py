@@ -10,6 +10,12 @@ from torch import nn
 PARTIAL_GRADIENT = "replicated_with_grad_allreduce"
 """Style of a replicated parameter that sees only this rank's heads (Qwen3's q_norm): its gradient is a partial sum over `tp`."""
 
+GATHERED_HEAD = "colwise_gather_output"
+"""Style of a head whose vocabulary is split over `tp`."""
+
+SEQUENCE_STYLES = frozenset({"colwise", "rowwise", GATHERED_HEAD, PARTIAL_GRADIENT})
+"""Styles that work where activations between blocks are cut along the sequence."""
+
 PACKED_QKV = "packed_qkv"
 """Style (ours) of a fused query-key-value projection: parameters whole over `tp`, computed by heads."""
 
@@ -52,6 +58,20 @@ class CutPlan:
     """Positions of a square beside its patches."""
 
 
+@dataclass(frozen=True)
+class PatchPlan:
+    """How the patches of one encoder are shared out over `cp`. Names are relative to it.
+
+    Its blocks take `[patches of all items, width]` and the angles of their position embeddings, and hand further arguments on to
+    attention.
+    """
+
+    blocks: str
+    """The list of blocks."""
+    merged: tuple[str, ...]
+    """Modules that turn patches into media tokens, or into further features of these."""
+
+
 def matches(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
     """Modules that `pattern` names, each after its own parameters, and parameters that it names; the empty one is the root."""
     name_of = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
@@ -62,3 +82,8 @@ def matches(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module | 
     for name, parameter in module.named_parameters():
         if name_of.fullmatch(name):
             yield name, parameter
+
+
+def of_experts(pattern: str, style: str) -> bool:
+    """Whether a rule splits experts, which sequence parallelism leaves whole: every rank has tokens of its own for them."""
+    return ".experts" in pattern or style in ("packed_colwise", "packed_rowwise", "moe_tp_experts")

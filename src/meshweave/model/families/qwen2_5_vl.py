@@ -1,6 +1,6 @@
 """Qwen2.5-VL vision towers: fused query-key-value, gated MLP, window attention."""
 
-from meshweave.model.families.plan import PACKED_QKV, CutPlan, TensorPlan
+from meshweave.model.families.plan import PACKED_QKV, CutPlan, PatchPlan, TensorPlan
 
 PLANS = {
     "qwen2_5_vl_vision": TensorPlan(
@@ -18,3 +18,5 @@ PLANS = {
 }
 
 CUTS = {"qwen2_5_vl_vision": CutPlan(blocks="blocks", before=("patch_embed",))}
+
+PATCHES = {"qwen2_5_vl_vision": PatchPlan(blocks="blocks", merged=("merger",))}

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from transformers import Qwen3Config
 
-from meshweave.model.families.plan import PACKED_QKV, CutPlan, TensorPlan
+from meshweave.model.families.plan import PACKED_QKV, CutPlan, PatchPlan, TensorPlan
 
 _MERGER_RULES = {"linear_fc1": "colwise", "linear_fc2": "rowwise"}
 
@@ -43,3 +43,5 @@ CUTS = {
     "qwen3_5_vision": _CUT,
     "qwen3_5_moe_vision": _CUT,
 }
+
+PATCHES = {"qwen3_vl_vision": PatchPlan(blocks="blocks", merged=("merger", "deepstack_merger_list.*"))}
