@@ -99,9 +99,9 @@ class EncoderStage(nn.Module):
 
 def _joined(tokens: Tensor | Sequence[Tensor]) -> Tensor:
     """`[tokens, hidden]` of all items, which getters return in a list, in one tensor each, or in one tensor."""
-    if isinstance(tokens, Tensor):
-        return tokens.flatten(0, -2)
-    return torch.cat([item.flatten(0, -2) for item in tokens])
+    if isinstance(tokens, Tensor) and tokens.ndim == 2:
+        return tokens
+    return torch.cat([_joined(item) for item in tokens])
 
 
 def received_shapes(
