@@ -6,7 +6,7 @@ BIN := .venv/bin
 # More threads than cores slow several processes down many times over.
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo test bench clean
+.PHONY: demo test families bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m meshweave.data.quickstart runs/digits/start
@@ -16,6 +16,11 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+families: .venv/ready
+	rm -rf runs/families
+	MESHWEAVE_RECORDS=runs/families $(BIN)/python -m pytest tests/families -k "not documented"
+	PYTHONPATH=src:tests $(BIN)/python -m families.table runs/families
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/step_time.py
