@@ -214,14 +214,6 @@ class TrainConfig(_Strict):
             raise ValueError(f"warmup_steps={self.warmup_steps} is more than steps={self.steps}; the peak would never be reached")
         return self
 
-    @model_validator(mode="after")
-    def _budget_is_of_packed_sequences(self) -> "TrainConfig":
-        if self.max_tokens is not None and not self.pack:
-            raise ValueError(
-                f"max_tokens={self.max_tokens}: only packed sequences have a token budget; set pack: true, or take it out"
-            )
-        return self
-
 
 class RunConfig(_Strict):
     """One run: the model, a layout and ranks per module, data, training."""
@@ -262,6 +254,15 @@ class RunConfig(_Strict):
         if missing:
             raise ValueError(
                 f"ranks {missing} belong to no module; give them to one, or list them under `idle_ranks` if they shall do nothing"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _budget_is_of_packed_sequences(self) -> "RunConfig":
+        if self.train.max_tokens is not None and not self.packed:
+            raise ValueError(
+                f"train.max_tokens={self.train.max_tokens}: only packed sequences have a token budget; set train.pack: true, or "
+                "take it out"
             )
         return self
 

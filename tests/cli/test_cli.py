@@ -101,7 +101,7 @@ def test_verify_past_the_tolerance_exits_non_zero(tmp_path: Path, monkeypatch: p
     code, output = run("verify", str(write_run(tmp_path)), "--steps", "1")
     assert code == 1
     assert "NOT the same" in output
-    assert "q_norm" in output or "k_norm" in output
+    assert "norm" in output
 
 
 @pytest.mark.parametrize(
@@ -140,9 +140,16 @@ def test_a_wrong_run_is_refused_in_one_message_before_a_process_starts(
 @pytest.mark.parametrize(
     ("modules", "expected"),
     [
-        ({"vision": {"ranks": "0-3", "dp": 4}, "language": {"ranks": "0-3", "cp": 4}}, "modules.language.cp=4: context"),
+        ({"vision": {"ranks": "0-3", "cp": 4}, "language": {"ranks": "0-3", "dp": 4}}, "modules.vision: its model does not take"),
         ({"vision": {"ranks": "0-3", "dp": 4}, "language": {"ranks": "0-3", "pp": 4}}, "modules.language.pp=4: more stages than"),
-        ({"vision": {"ranks": "0-3", "replicas": 4}, "language": {"ranks": "0-3", "tp": 4}}, "modules.vision.replicas=4"),
+        (
+            {"vision": {"ranks": "0-3", "replicas": 4}, "language": {"ranks": "0-3", "replicas": 4}},
+            "modules.language.replicas=4: only encoders",
+        ),
+        (
+            {"vision": {"ranks": "0-1", "dp": 2, "context_parallel": "ring"}, "language": {"ranks": "0-1", "dp": 2}},
+            "modules.vision.context_parallel: only the language model reads this",
+        ),
         ({"vision": {"ranks": "0-2", "tp": 3}, "language": {"ranks": "0-2", "dp": 3}}, "does not divide num_attention_heads=4"),
         ({"vision": {"ranks": "0-1", "dp": 2}}, "there is no 'language'"),
         ({"language": {"ranks": "0-1", "dp": 2}}, "modules.vision: missing"),
@@ -195,7 +202,7 @@ def test_a_model_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
     Qwen3Config().save_pretrained(tmp_path / "model")
     code, output = run("train", str(file))
     assert code == 2
-    assert "holds a qwen3 model; meshweave trains image-text models" in output
+    assert "transformers knows no model of media and text of type 'qwen3'" in output
 
 
 def test_a_fault_says_where_it_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

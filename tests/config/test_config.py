@@ -140,7 +140,6 @@ def test_the_world_reaches_to_the_highest_rank_idle_ones_included():
         (("train.lr", -1), r"train\.lr: .*greater than 0 \(got -1\)"),
         (("train.betas", [0.9, 1.0]), r"train\.betas\.1: .*less than 1 \(got 1\.0\)"),
         (("train.min_lr_ratio", 2), r"train\.min_lr_ratio: .*less than or equal to 1 \(got 2\)"),
-        (("train.max_tokens", 4096), r"train: max_tokens=4096: only packed sequences have a token budget; set pack: true"),
         (("train.warmup_steps", -1), r"train\.warmup_steps: .*\(got -1\)"),
         (("node_size", 0), r"node_size: .*greater than 0 \(got 0\)"),
         (("timeout_seconds", 0), r"timeout_seconds: .*greater than 0 \(got 0\)"),
@@ -250,3 +249,18 @@ def test_a_run_of_4096_ranks_is_checked_quickly():
     start = time.perf_counter()
     assert parse_config(tree).world_size == 4096
     assert time.perf_counter() - start < 0.5
+
+
+def test_only_packed_sequences_have_a_token_budget():
+    train = {"steps": 1, "batch_size": 4, "max_tokens": 4096}
+    tree = {"model": "unused", "train": train, "modules": {"vision": {"ranks": "0-1"}, "language": {"ranks": "0-1"}}}
+    with pytest.raises(ConfigError, match=r"train\.max_tokens=4096: only packed sequences .* set train\.pack: true"):
+        parse_config(tree)
+    assert parse_config(tree | {"train": train | {"pack": True}}).packed
+    for language, packed in [({"cp": 2}, True), ({"tp": 2}, True), ({"tp": 2, "sequence_parallel": False}, False)]:
+        cut = tree | {"modules": {"vision": {"ranks": "0-1"}, "language": {"ranks": "0-1", **language}}}
+        if packed:
+            assert parse_config(cut).packed
+        else:
+            with pytest.raises(ConfigError, match="token budget"):
+                parse_config(cut)

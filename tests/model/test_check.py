@@ -50,7 +50,10 @@ def test_a_run_that_trains_nothing_is_refused(frozen: Any) -> None:
             {"ranks": "0-5", "ep": 2},
             r"modules\.language: the 3 data-parallel copies of the experts .* hidden width 32; use",
         ),
-        ({"ranks": "0-1", "tp": 2}, r"modules\.language\.tp=2: a language model with experts under tp is not built yet"),
+        (
+            {"ranks": "0-1", "tp": 2, "sequence_parallel": False},
+            r"modules\.language\.tp=2: a model with experts needs sequence_parallel: true there; take the key out",
+        ),
     ],
 )
 def test_experts_that_cannot_be_split_so_are_refused(language: dict, message: str) -> None:

@@ -25,6 +25,8 @@ LAYOUTS = {
     "tp 4 and dp 4": ({"ranks": "0-3", "tp": 4}, {"ranks": "0-3", "dp": 4}),
     "dp 1 and dp 3, disjoint": ({"ranks": 0}, {"ranks": "1-3", "dp": 3}),
     "overlapping": ({"ranks": "0-2", "dp": 3}, {"ranks": "2-3", "tp": 2}),
+    "replicas 2 × dp 2 and cp 2 × dp 2": ({"ranks": "0-3", "replicas": 2, "dp": 2}, {"ranks": "0-3", "cp": 2, "dp": 2}),
+    "dp 4 and cp 2 × tp 2": ({"ranks": "0-3", "dp": 4}, {"ranks": "0-3", "cp": 2, "tp": 2}),
     "pp 2 × dp 2 and pp 2 × tp 2": ({"ranks": "0-3", "pp": 2, "dp": 2}, {"ranks": "0-3", "pp": 2, "tp": 2}),
 }
 
@@ -86,6 +88,8 @@ EXPERT_LAYOUTS = {
     "etp 2 of dp 4": {"ranks": "0-3", "dp": 4, "etp": 2},
     "ep 2 × etp 2": {"ranks": "0-3", "dp": 4, "ep": 2, "etp": 2},
     "pp 2, ep 2": {"ranks": "0-3", "pp": 2, "dp": 2, "ep": 2},
+    "cp 2 × tp 2": {"ranks": "0-3", "cp": 2, "tp": 2},
+    "cp 2 × tp 2, ep 2": {"ranks": "0-3", "cp": 2, "tp": 2, "ep": 2},
 }
 
 
@@ -135,14 +139,15 @@ def test_bytes_cover_parameter_gradient_and_both_moments_in_the_stored_dtype(dty
     assert vision.local_bytes(7) == 0
 
 
-def test_context_parallel_ranks_and_replicas_hold_the_same_parameters():
+def test_replicas_hold_the_same_parameters_and_context_parallel_ranks_share_them():
     graph = graph_of(blueprint_of(llava(), torch.float32))
     layout = Layout(dp=2, cp=2, replicas=2)
     placed = {"language": Placement(layout, tuple(range(8)))}
     found = footprints(graph, placed, {"language": "shard"}, {"language": (range(2),)})["language"]
-    local = found.local
-    assert [local[rank] for rank in range(8)] == [local[0]] * 4 + [local[4]] * 4
-    assert local[0] + local[4] == found.parameters
+    local = [found.local[rank] for rank in range(8)]
+    assert local[0:2] == local[2:4]
+    assert local[4:6] == local[6:8]
+    assert sum(local) == 2 * found.parameters
 
 
 @pytest.mark.parametrize("tied", [False, True])

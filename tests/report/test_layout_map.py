@@ -130,8 +130,8 @@ def test_the_same_layout_on_the_same_ranks_is_called_homogeneous():
 
 def test_above_32_ranks_the_ranks_of_a_lane_share_a_row():
     lines = _squeezed(_text(_map(*WORLDS["64 ranks"])[0], 100))
-    assert "0-15 lanes 0-15 997 lane 0 · cp 0-1/2 · tp 0-7/8 1,520" in lines
-    assert "16-31 lanes 16-31 965 to 997 lane 1 · cp 0-1/2 · tp 0-7/8 1,520" in lines
+    assert "0-15 lanes 0-15 997 lane 0 · cp 0-1/2 · tp 0-7/8 872" in lines
+    assert "16-31 lanes 16-31 965 to 997 lane 1 · cp 0-1/2 · tp 0-7/8 872" in lines
     assert "lanes 64 of 1 rank: 0-63" in lines
 
 

@@ -59,7 +59,6 @@ CASES = {
     "etp2": Case("llava_moe", module("0-1", dp=2), module("0-1", dp=2, etp=2)),
     "etp2, two copies": Case("llava_mixtral", module("0"), module("0-3", dp=4, etp=2), LANE),
     "ep2 etp2": Case("llava_moe", module("0-3", dp=4), module("0-3", dp=4, ep=2, etp=2), LANE),
-    "ep2 etp2, deepstack": Case("qwen3_vl_moe", module("0-1", dp=2), module("0-3", dp=4, ep=2, etp=2), MICROBATCH),
     "replicated ep2": Case("llava_moe", module("0"), module("0-3", dp=4, ep=2, data_parallel="replicate"), LANE),
     "apart": Case("llava_moe", module("0-1", dp=2), module("2-3", dp=2, ep=2), LANE),
     "pp2 ep2": Case("llava_moe", module("0-1", dp=2), module("0-3", pp=2, dp=2, ep=2), MICROBATCH),
@@ -70,8 +69,13 @@ CASES = {
         "llava_mixtral", module("0-1", dp=2), module("0-3", pp=2, dp=2, ep=2), MICROBATCH, {"language": "interleaved"}, layers=4
     ),
     "pp2 ep2, vision on half a stage": Case("llava_moe", module("1"), module("0-3", pp=2, dp=2, ep=2), FEW),
-    "pp2, replicated ep2": Case("llava_moe", module("0"), module("0-3", pp=2, dp=2, ep=2, data_parallel="replicate"), LANE),
-    "a sample a lane": Case("llava_moe", module("0"), module("0-3", dp=4, ep=4), MICROBATCH | {"batch_size": 8}),
+    "tp2 etp2": Case("qwen3_vl_moe", module("0"), module("0-1", tp=2, etp=2), MICROBATCH),
+    "tp2 dp2 ep2 etp2": Case("llava_moe", module("0-3", dp=4), module("0-3", tp=2, dp=2, ep=2, etp=2), LANE),
+    "tp2 pp2 ep2, zero bubble": Case("llava_moe", module("0"), module("0-3", pp=2, tp=2, ep=2), MICROBATCH, ZERO_BUBBLE),
+    "tp4 ep2": Case("llava_moe", module("0"), module("0-3", tp=4, ep=2), LANE),
+    "tp2, not split": Case("llava_mixtral", module("0"), module("0-1", tp=2), LANE),
+    "cp2 pp2 ep2": Case("llava_moe", module("0"), module("0-3", pp=2, cp=2, ep=2), LANE),
+    "cp2 tp2 ep4": Case("llava_moe", module("0"), module("0-3", cp=2, tp=2, ep=4), LANE),
     # Lanes without media must still take part in the backward of experts that lanes with media go through.
     "frozen below": Case("llava_moe", module("0-1", dp=2), module("0-1", dp=2, ep=2, frozen=FIRST_LAYERS), FEW),
     "frozen below, zero bubble": Case(
@@ -146,7 +150,7 @@ def test_a_wrong_coefficient_of_the_balance_is_found_at_the_routers(tmp_path: Pa
 
 
 def test_a_balance_of_one_lane_in_place_of_all_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshweave.train.worker.token_groups", lambda mesh, scope: ())
+    monkeypatch.setattr("meshweave.train.worker._token_groups", lambda part, mesh, scope: [])
     report = CASES["not split"].verified(tmp_path, steps=1)
     assert not report.passed
     assert report.loss.name == "router_aux_loss"

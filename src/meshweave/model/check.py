@@ -13,17 +13,13 @@ from meshweave.model.experts import expert_faults, routers
 from meshweave.model.families import PROVEN, tensor_plans
 from meshweave.model.frozen import frozen_names, lost_texts
 from meshweave.model.modules import ModelGraph, graph_of, module_config
+from meshweave.model.slicing import sequence_faults
 from meshweave.model.stages import stage_cuts
 from meshweave.model.weights import check_weights
 
 logger = logging.getLogger(__name__)
 
 _DIVIDED_BY_TP = ("num_attention_heads", "num_key_value_heads", "num_heads", "intermediate_size")
-
-_NOT_BUILT = {
-    "cp": "context parallelism",
-    "replicas": "repeating work on several ranks",
-}
 
 
 def check_model(run: RunConfig, config: PreTrainedConfig) -> None:
@@ -65,6 +61,7 @@ def check_model(run: RunConfig, config: PreTrainedConfig) -> None:
             for key in ("router_aux_loss", "router_aux_scope")
             if getattr(run.train, key) not in (None, 0, "lane")
         ]
+    wrong += sequence_faults(run, graph)
     wrong += _frozen_faults(run, graph)
     if wrong:
         raise ConfigError("\n".join(["the run file does not fit the model:", *(f"  {line}" for line in dict.fromkeys(wrong))]))
@@ -77,25 +74,18 @@ def check_model(run: RunConfig, config: PreTrainedConfig) -> None:
 
 
 def check_executable(run: RunConfig, config: PreTrainedConfig) -> None:
-    """Refuses what geometry knows but no executor runs yet, a run folder that cannot be, and
-    weights that are missing or do not fit.
+    """Refuses a run folder that cannot be, and weights that are missing or do not fit.
 
     Raises:
-        ConfigError: naming every such key.
+        ConfigError: the run folder cannot be created.
         CheckpointError: the model folder's safetensors do not hold the model.
     """
-    wrong = [
-        f"modules.{name}.{axis}={getattr(module, axis)}: {meaning} is not built yet; set it to 1"
-        for name, module in run.modules.items()
-        for axis, meaning in _NOT_BUILT.items()
-        if getattr(module, axis) > 1
-    ]
     try:
         run.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        wrong.append(f"output={str(run.output)!r}: cannot be created ({error.strerror}); choose a folder that can")
-    if wrong:
-        raise ConfigError("\n".join(["this run cannot start:", *(f"  {line}" for line in wrong)]))
+        raise ConfigError(
+            f"output={str(run.output)!r}: cannot be created ({error.strerror}); choose a folder that can"
+        ) from error
     if run.weights == "pretrained":
         check_weights(blueprint_of(config, torch.float32), run.model)
 

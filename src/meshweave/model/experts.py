@@ -122,7 +122,7 @@ def expert_faults(run: RunConfig, graph: ModelGraph, name: str, layout: Layout) 
 
 def _not_distinct(run: RunConfig, name: str) -> list[str]:
     """Experts take it that every rank of a stage holds tokens of its own; the one place that says where that is not so."""
-    tp = run.modules[name].tp
-    if tp == 1:
+    module = run.modules[name]
+    if module.tp == 1 or module.sequence_parallel:
         return []
-    return [f"modules.{name}.tp={tp}: a language model with experts under tp is not built yet; set it to 1, and use etp and ep"]
+    return [f"modules.{name}.tp={module.tp}: a model with experts needs sequence_parallel: true there; take the key out"]

@@ -11,7 +11,7 @@ from torch import nn
 from meshweave.layout import Layout, Placement
 from meshweave.model.experts import expert_parameters
 from meshweave.model.families import tensor_plans
-from meshweave.model.families.plan import matches
+from meshweave.model.families.plan import matches, of_experts
 from meshweave.model.modules import ModelGraph, first_names
 from meshweave.model.parts import parts_of
 
@@ -85,7 +85,7 @@ def _footprint(
     parameters = graph.parameters(name)
     split = _split_dims(graph, name) if layout.tp > 1 else {}
     experts = expert_parameters(graph, name) if layout.ep * layout.etp > 1 else {}
-    lanes = layout.dp if sharded else 1
+    lanes = layout.dp * layout.cp if sharded else 1  # ranks that share a sequence keep parameters as lanes do
     held, whole_held, held_experts = {}, {}, {}
     for position in range(layout.pp):
         own = _of_stages(graph, name, parameters, [cut[stage] for stage in range(position, len(cut), layout.pp)], len(cut))
@@ -104,7 +104,8 @@ def _footprint(
         coordinate = placement.coordinate(rank)
         assert coordinate is not None
         here, whole_here = held_experts[coordinate["pp"]]
-        local[rank] = held[coordinate["pp"], coordinate["tp"], coordinate["dp"] if sharded else 0] + here
+        lane = coordinate["dp"] * layout.cp + coordinate["cp"] if sharded else 0
+        local[rank] = held[coordinate["pp"], coordinate["tp"], lane] + here
         if gathered:
             others[rank] = whole_held[coordinate["pp"], coordinate["tp"]] + whole_here - local[rank]
     first = next(iter(parameters.values()))
@@ -161,7 +162,9 @@ def _split_dims(graph: ModelGraph, name: str) -> dict[str, int | None]:
     found: dict[str, int | None] = {}
     for child, plan in tensor_plans(graph, name).items():
         for pattern, style in plan.rules.items():
-            for key, value in matches(graph.model.get_submodule(child), pattern) if style in SPLIT_DIMS else ():
+            if style not in SPLIT_DIMS or of_experts(pattern, style):
+                continue
+            for key, value in matches(graph.model.get_submodule(child), pattern):
                 if isinstance(value, nn.Parameter):
                     found[f"{child}.{key}"] = _split_dim(value, style)
     return found

@@ -18,14 +18,10 @@ from transformers.distributed.tensor_parallel import (
     apply_tensor_parallelism,
 )
 
-from meshweave.errors import LayoutError
-from meshweave.model.families.plan import GATHERED_HEAD, PACKED_QKV, PARTIAL_GRADIENT, TensorPlan, matches
+from meshweave.model.families.plan import GATHERED_HEAD, PACKED_QKV, PARTIAL_GRADIENT, TensorPlan, matches, of_experts
 
 _GATHERED, _SCATTERED, _GATHERED_COLWISE = "gathered_sequence", "rowwise_scattered", "colwise_gathered"
 """Our styles of sequence parallelism: a block's attention or MLP gathers its input, its last product scatters the output."""
-
-_OF_EXPERTS = frozenset({"packed_colwise", "moe_tp_experts", "packed_rowwise"})
-"""Styles of experts, which sequence parallelism leaves whole: every rank has tokens of its own for them."""
 
 
 class _PackedQKV(TensorParallelLayer):
@@ -119,22 +115,15 @@ def tensor_parallel(module: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> li
 def sequence_parallel(module: nn.Module, mesh: DeviceMesh, plan: TensorPlan) -> None:
     """Splits `module` (on the meta device) over the 1D `mesh`, activations between its blocks along the sequence.
 
-    Gradients of all parameters that are not split are then partial sums over `tp` (`replicated_names`).
-
-    Raises:
-        LayoutError: the plan has a style that is not known to work on a part of the sequence.
+    Gradients of all parameters that are not split are then partial sums over `tp` (`replicated_names`). The plan's styles are
+    known to be `SEQUENCE_STYLES`.
     """
     concrete: dict[str, str] = {}
     gathered: dict[str, str] = {}
     for pattern, style in plan.rules.items():
-        if style in _OF_EXPERTS or ".experts" in pattern or style == PARTIAL_GRADIENT:
+        if of_experts(pattern, style) or style == PARTIAL_GRADIENT:
             continue
-        known = {"colwise": "colwise", "rowwise": _SCATTERED, GATHERED_HEAD: _GATHERED_COLWISE}.get(style)
-        if known is None:
-            raise LayoutError(
-                f"the tensor-parallel plan has style {style!r} for {pattern!r}, which is not built for a sequence that is cut; "
-                "set modules.language.sequence_parallel to false"
-            )
+        known = {"colwise": "colwise", "rowwise": _SCATTERED, GATHERED_HEAD: _GATHERED_COLWISE}[style]
         found = sorted((name for name, _ in matches(module, pattern)), key=lambda name: -name.count("."))
         concrete.update(dict.fromkeys(found, known))
         if known == "colwise":

@@ -40,8 +40,6 @@ def render_layout_map(
     parts += [_fullest_rank(run, footprints)]
     for crossing in traffic:
         parts += ["", _traffic_heading(crossing), _traffic_table(crossing, run.node_size)]
-    if traffic and placements[LANGUAGE].layout.cp > 1:
-        parts += [Text(f"Every cp rank of {LANGUAGE} is counted as taking all media tokens of its lane.")]
     return Group(*parts)
 
 
@@ -154,8 +152,9 @@ def _module_table(run: RunConfig, name: str, placement: Placement, footprint: Mo
         if layout.ep * layout.etp > 1 and size > 1 and axis != "pp":
             table.add_row(f"{axis} groups", _groups_text(_groups(placement, axis, EXPERT_AXES)))
     whole = f"{count_text(footprint.parameters)} in all"
-    how = {"shard": ", sharded over dp", "replicate": ", replicated over dp"}[run.modules[name].data_parallel]
-    held = f"{_held_text(footprint, placement.ranks)} a rank{how if layout.dp > 1 else ''}"
+    kept = {"shard": "sharded", "replicate": "replicated"}[run.modules[name].data_parallel]
+    how = f", {kept} over dp{' × cp' if layout.cp > 1 else ''}"
+    held = f"{_held_text(footprint, placement.ranks)} a rank{how if layout.dp * layout.cp > 1 else ''}"
     most = max(footprint.local_bytes(rank) for rank in placement.ranks)
     table.add_row("parameters", f"{whole}, {held}")
     table.add_row("memory", f"{bytes_text(most)} a rank for parameters, gradients and AdamW")

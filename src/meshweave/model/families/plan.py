@@ -12,6 +12,9 @@ PARTIAL_GRADIENT = "replicated_with_grad_allreduce"
 GATHERED_HEAD = "colwise_gather_output"
 """Style of a head whose vocabulary is split over `tp`."""
 
+SEQUENCE_STYLES = frozenset({"colwise", "rowwise", GATHERED_HEAD, PARTIAL_GRADIENT})
+"""Styles that work where activations between blocks are cut along the sequence."""
+
 PACKED_QKV = "packed_qkv"
 """Style (ours) of a fused query-key-value projection: parameters whole over `tp`, computed by heads."""
 
@@ -71,3 +74,8 @@ def matches(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module | 
     for name, parameter in module.named_parameters():
         if name_of.fullmatch(name):
             yield name, parameter
+
+
+def of_experts(pattern: str, style: str) -> bool:
+    """Whether a rule splits experts, which sequence parallelism leaves whole: every rank has tokens of its own for them."""
+    return ".experts" in pattern or style in ("packed_colwise", "packed_rowwise", "moe_tp_experts")
