@@ -19,8 +19,8 @@ def module(ranks: str, dp: int = 1, tp: int = 1, **options: Any) -> dict[str, An
     return {"ranks": ranks, "dp": dp, "tp": tp, **options}
 
 
-def run_of(folder: Path, vision: dict[str, Any], language: dict[str, Any], **changes: Any) -> RunConfig:
-    """A run of two modules, and of more where `modules` names them; `train` and other keys replace what is set here."""
+def run_of(folder: Path, vision: dict[str, Any] | None, language: dict[str, Any], **changes: Any) -> RunConfig:
+    """A run of two modules, and of others where `modules` names them; `train` and other keys replace what is set here."""
     train = {
         "steps": STEPS,
         "batch_size": 10,
@@ -31,7 +31,7 @@ def run_of(folder: Path, vision: dict[str, Any], language: dict[str, Any], **cha
     } | changes.pop("train", {})
     tree = {
         "model": str(folder),
-        "modules": {"vision": vision, **changes.pop("modules", {}), "language": language},
+        "modules": {**({"vision": vision} if vision else {}), **changes.pop("modules", {}), "language": language},
         "train": train,
         "dtype": "float64",
         "weights": "seeded",

@@ -44,7 +44,8 @@ class LanguageStage(nn.Module):
         if self.first:
             model.get_input_embeddings().register_forward_hook(self._embedded)
         tp, sliced = part.tp_group, part.rule.tp > 1
-        tied = self._head[0].weight is model.get_input_embeddings().weight
+        # Of the whole model: a later stage has no embeddings to compare with.
+        tied = self._head[0].weight is graph.model.get_input_embeddings().weight
         self._words: Words | None = None
         if sliced and not tied:
             assert tp is not None

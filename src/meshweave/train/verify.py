@@ -115,7 +115,8 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
                 expected = oracle.backward(dataset, _readable(loader, number, step), _token_groups(run, step.plan))
             loss = max(loss, _loss_error(totals, expected, number), key=lambda worst: worst.error)
             actual = {name: value / max(1, totals.targets) for name, value in gathered.items()}
-            gradient = max(gradient, _worst(actual, expected.gradients, number), key=lambda worst: worst.error)
+            found = _worst(actual, expected.gradients, number), _norm_error(totals, expected, number)
+            gradient = max(gradient, *found, key=lambda worst: worst.error)
             oracle.update()
         if finish_gradients(model, totals, run.train.max_grad_norm):
             optimizer.step()
@@ -191,6 +192,12 @@ def _loss_error(totals: Totals, expected: Expected, step: int) -> Worst:
     pairs = {"loss": (totals.loss, expected.loss), "router_aux_loss": (totals.router_aux_loss, expected.router_aux_loss)}
     errors = [Worst(_finite(abs(mine - its) / max(abs(its), 1e-12)), name, step) for name, (mine, its) in pairs.items()]
     return max(errors, key=lambda worst: worst.error)
+
+
+def _norm_error(totals: Totals, expected: Expected, step: int) -> Worst:
+    """Of the one norm that gradients are clipped by, which AdamW would hide: to it, a factor of all gradients is nothing."""
+    norm = sum(float(value.double().square().sum()) for value in expected.gradients.values()) ** 0.5
+    return Worst(_finite(abs(totals.grad_norm - norm) / max(norm, 1e-300)), "grad_norm", step)
 
 
 def _worst(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], step: int) -> Worst:

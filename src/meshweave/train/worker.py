@@ -176,8 +176,9 @@ class StepWorker:
             "hidden": inputs[0] if inputs else None,
             "labels": labels,
         }
-        if stage == 0 and (self.schedule.streams(LANGUAGE) or work.modules[LANGUAGE].together):
-            # Lanes that gather parameters or use experts together must also go backward together, those without media, too.
+        if stage == 0 and (self.schedule.streams(LANGUAGE) or work.modules[LANGUAGE].together or self.model.part.rule.cut):
+            # Lanes that gather parameters or use experts together, and ranks that share a sequence, must also go backward
+            # together, those without media, too.
             wanted = [tokens[:0] for name, tokens in media.items() if tokens.requires_grad and plan.items[name]]
             arguments["anchor"] = wanted[0] if wanted else None
         module = self.model.modules[LANGUAGE].stages[stage]
