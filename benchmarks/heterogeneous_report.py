@@ -199,13 +199,13 @@ NOTES = (
     "Fewer cores than processes: a step takes as long as the work of all ranks together, on both sides of every comparison "
     "alike. Repeated work shows in full, and a rank that waits costs nothing, which flatters uneven and non-colocated layouts.",
     "CPU seconds do not depend on who waits for whom. The least step with a core a rank follows from them: the busiest rank's; "
-    "where modules lie apart, the busier module's and the other's for one microbatch. Of messages, it counts their CPU time alone.",
+    "where modules lie apart, the busier module's and the other's for one microbatch. Messages cost but CPU time in it.",
     "Without cp: dp 4 holds a whole sequence on one rank, which is what rules it out where sequences are long (one's "
     "activations exceed a GPU's memory); tp 4 ends at the GPUs of a node and at the key-value heads; from there on cp is needed. "
     "Both fit here.",
     "cp for both is one layout for both modules, too, but asks for a tower whose patches can be cut, and heads for every rank.",
-    "Messages go through the loopback device, which makes tp, with the most and the most urgent of them, dearer than inside a node "
-    "of GPUs: where a tp layout is the best homogeneous one, gains over it are too large, not too small.",
+    "Messages go through the loopback device, which makes tp, with the most and the most urgent of them, dearer than inside "
+    "a node of GPUs: where a tp layout is the best homogeneous one, gains over it are too large, not too small.",
     "Messages: over the boundary by the plan, media tokens forward and their gradients back; all of them as the loopback device "
     "counts, with those of cp, tp, parameters and gradients.",
 )
