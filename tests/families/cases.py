@@ -28,8 +28,8 @@ FORMS = {
     "tp": Form(("colocated", "tp"), module("0-1", dp=2), module("0-1", tp=2)),
     "pp": Form(("colocated", "pp"), module("0-1", dp=2), module("0-1", pp=2)),
     "encoder tp": Form(("colocated", "encoder tp"), module("0-1", tp=2), module("0-1", dp=2)),
+    "encoder tp, cp": Form(("colocated", "encoder tp", "cp"), module("0-1", tp=2), module("0-1", cp=2)),
     "encoder pp": Form(("apart", "encoder pp"), module("0-1", pp=2), module("2")),
-    "cp": Form(("colocated", "cp"), module("0-1", dp=2), module("0-1", cp=2)),
     "ep": Form(("colocated", "ep"), module("0-1", dp=2), module("0-1", dp=2, ep=2)),
     "apart": Form(("apart",), module("0"), module("1")),
 }
@@ -41,7 +41,7 @@ OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
 
 NO_CUT = "it is not known where this module may be cut into pipeline stages"
 REFUSED = {
-    ("qwen3_5", "cp"): "qwen3_5_text has linear_attention layers, which carry a state along the sequence",
+    ("qwen3_5", "encoder tp, cp"): "qwen3_5_text has linear_attention layers, which carry a state along the sequence",
     ("gemma4", "encoder pp"): NO_CUT,
     ("gemma4_e", "encoder pp"): NO_CUT,
     ("gemma4_e", "pp"): "every layer of gemma4_text takes an embedding of its own",
@@ -61,4 +61,6 @@ def cases() -> list[tuple[str, str]]:
 def _is_run(family: str, form: str) -> bool:
     if form == "apart":  # follows from an encoder in a pipeline of its own, where there is one
         return (family, "encoder pp") in REFUSED
+    if form == "encoder tp":
+        return (family, "encoder tp, cp") in REFUSED
     return form != "ep" or family in EXPERTS
