@@ -47,7 +47,7 @@ WEIGHTS = {"llava": 4, "qwen3_vl": 4, "llava_moe": 3, "qwen3_vl_moe": 3, "two_to
 UNTIED = {"llava", "llava_siglip", "qwen3_vl", "qwen2_5_vl", "internvl", "llava_next"}
 CARRIES_A_STATE = {"qwen3_5"}
 """Sequences of these are neither cut nor packed."""
-SHARES_PATCHES = {"qwen2_5_vl", "qwen3_vl"}
+SHARES_PATCHES = {"qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"}
 ONE_STAGE = {
     "language": {"gemma4_e"},
     "vision": {"mistral3", "gemma4", "gemma4_e"},
@@ -136,7 +136,7 @@ def draw_module(random: Random, family: str, config: PreTrainedConfig, name: str
         "replicas": [1] if language else [1, 1, 2, 4],
     }
     layouts = [dict(zip(sizes, its, strict=True)) for its in product(*sizes.values()) if prod(its) == len(ranks)]
-    layout = random.choice(layouts)
+    layout = random.choice([its for its in layouts if language or its["pp"] == 1 or its["cp"] == 1])
     found = module(",".join(map(str, ranks)), **layout, data_parallel=random.choice(["shard", "shard", "replicate"]))
     if language:
         if layout["tp"] > 1:
