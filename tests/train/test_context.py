@@ -1,13 +1,29 @@
 """Sequences cut over `cp`, over `tp`, or packed: the model trains as in one process."""
 
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.families import gemma3
-from support.models import CONFIGS, EXPERT_CONFIGS, with_layers, write_model_folder
+from support.models import CONFIGS, EXPERT_CONFIGS, llava_moe, with_layers, write_model_folder
 from support.runs import module, run_of, verified
+
+from meshweave import layout
+from meshweave.batch import SampleMeta
+from meshweave.config import RunConfig
+from meshweave.data.synthetic import SyntheticDataset
+from meshweave.errors import DataError
+from meshweave.layout import relation
+from meshweave.model.blueprint import TRAVELS_AS, read_model_config
+from meshweave.model.modules import media_widths
+from meshweave.parallel.build import build_model
+from meshweave.train.data import build_loader, build_planner, dataset_of
+from meshweave.train.schedules import agreed_schedule, run_schedule
+from meshweave.train.step import run_step
+from meshweave.train.worker import Travel
+from meshweave.train.world import World, launch
 
 FAMILIES = CONFIGS | EXPERT_CONFIGS | {"gemma3": gemma3}
 AUX = {"router_aux_loss": 0.1}
@@ -108,3 +124,70 @@ def test_a_cut_sequence_equals_the_single_process(case: str, tmp_path: Path) -> 
     write_model_folder(config, tmp_path, weights=its.changes.get("weights") == "pretrained")
     report = verified(run_of(tmp_path, its.vision, its.language, train=its.train, **its.changes), steps=2)
     assert report.passed, report
+
+
+def test_the_table_meets_every_pair_of_axes_and_placements() -> None:
+    language, encoder = ("dp", "cp", "tp", "pp", "ep"), ("dp", "cp", "tp", "pp", "replicas")
+    placements = ("colocated", "non-colocated", "overlapping")
+    met: set[tuple[str, str]] = set()
+    for case in CASES.values():
+        run = run_of(Path("unused"), case.vision, case.language)
+        where = relation(*layout.placements(run).values())
+        ours, theirs = (
+            [f"{name} {axis}" for axis in axes if getattr(run.modules[name], axis) > 1]
+            for name, axes in (("language", language), ("vision", encoder))
+        )
+        met |= {*product(ours, ours), *product(ours, theirs), *product([*ours, *theirs], [where])}
+    ours, theirs = [f"language {axis}" for axis in language], [f"vision {axis}" for axis in encoder]
+    assert {*product(ours, ours), *product(ours, theirs), *product([*ours, *theirs], placements)} <= met
+
+
+class WithoutEveryFourth(SyntheticDataset):
+    """Its third sample of four cannot be read."""
+
+    def meta(self, index: int) -> SampleMeta:
+        if index % 4 == 2:
+            raise DataError(f"sample {index} is broken")
+        return super().meta(index)
+
+
+def test_lanes_with_one_image_seven_text_alone_and_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshweave.train.data.SyntheticDataset", WithoutEveryFourth)
+    config = CONFIGS["qwen3_vl"]()
+    folder = write_model_folder(config, tmp_path)
+    run = run_of(
+        folder,
+        module("0-2", dp=3),
+        module("0-7", dp=4, cp=2),
+        data={"source": "synthetic", "samples": 4},
+        train={"batch_size": 4, "microbatches": 1},
+    )
+    where = layout.placements(run)
+    data = dataset_of(run, config)
+    (part,) = build_planner(run, data, where, run_schedule(run, config, where, data)).plan(0).microbatches
+    assert sorted([len(sample.media) for sample in lane] for lane in part.lanes) == [[], [0], [1], [7]]
+    report = verified(run, steps=1)
+    assert report.passed, report
+    assert report.samples == 3
+
+
+def first_step(world: World, run: RunConfig) -> tuple[float, float]:
+    """Loss and gradient norm of a run's first step."""
+    config = read_model_config(run.model)
+    data = dataset_of(run, config)
+    model = build_model(run, config, world.placements, world.meshes, world.rank, world.device, world.expert_meshes)
+    schedule = agreed_schedule(world, run, config, data)
+    step = build_loader(run, data, world, schedule, model.part.rule).step(0)
+    travel = Travel(media_widths(config), config.get_text_config().hidden_size, TRAVELS_AS[run.dtype])
+    totals = run_step(model, step, world, schedule, travel)
+    return totals.loss, totals.grad_norm
+
+
+def test_bfloat16_is_float32_to_its_digits(tmp_path: Path) -> None:
+    folder = write_model_folder(llava_moe(), tmp_path)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        run = run_of(folder, module("0-1", dp=2), module("0-3", cp=2, tp=2, ep=2), dtype=dtype)
+        found[dtype] = launch(run, first_step)
+    assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.03)
+    assert found["bfloat16"] != found["float32"]
