@@ -47,7 +47,7 @@ WEIGHTS = {"llava": 4, "qwen3_vl": 4, "llava_moe": 3, "qwen3_vl_moe": 3, "two_to
 UNTIED = {"llava", "llava_siglip", "qwen3_vl", "qwen2_5_vl", "internvl", "llava_next"}
 CARRIES_A_STATE = {"qwen3_5"}
 """Sequences of these are neither cut nor packed."""
-SHARES_PATCHES = {"qwen2_5_vl", "qwen3_vl"}
+SHARES_PATCHES = {"qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"}
 ONE_STAGE = {
     "language": {"gemma4_e"},
     "vision": {"mistral3", "gemma4", "gemma4_e"},
@@ -130,13 +130,13 @@ def draw_module(random: Random, family: str, config: PreTrainedConfig, name: str
     heads = text.num_key_value_heads if language else 4
     sizes = {
         "pp": [1] if family in ONE_STAGE[name] else [1, 2, 3, 4] if language else [1, 2],
-        "dp": [1, 2, 3, 4, 5, 6, 8],
+        "dp": list(range(1, 9)),
         "cp": [1, 2, 3, 4] if language and not whole else [1, 2, 4] if name == "vision" and family in SHARES_PATCHES else [1],
         "tp": [tp for tp in (1, 2, 4) if heads % tp == 0],
         "replicas": [1] if language else [1, 1, 2, 4],
     }
     layouts = [dict(zip(sizes, its, strict=True)) for its in product(*sizes.values()) if prod(its) == len(ranks)]
-    layout = random.choice(layouts)
+    layout = random.choice([its for its in layouts if language or its["pp"] == 1 or its["cp"] == 1])
     found = module(",".join(map(str, ranks)), **layout, data_parallel=random.choice(["shard", "shard", "replicate"]))
     if language:
         if layout["tp"] > 1:
@@ -186,7 +186,7 @@ def with_blocks(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
     """The same model with at least so many blocks in the language model, whose kinds go round."""
     tree = config.to_dict()
     text = tree["text_config"]
-    if blocks <= text["num_hidden_layers"]:
+    if blocks <= text["num_hidden_layers"] or config.model_type == "gemma4":  # whose config speaks of every layer
         return config
     if types := text.get("layer_types"):
         text["layer_types"] = [types[number % len(types)] for number in range(blocks)]

@@ -44,4 +44,6 @@ CUTS = {
     "qwen3_5_moe_vision": _CUT,
 }
 
-PATCHES = {"qwen3_vl_vision": PatchPlan(blocks="blocks", merged=("merger", "deepstack_merger_list.*"))}
+_PATCHES = PatchPlan(blocks="blocks", merged=("merger", "deepstack_merger_list.*"))
+
+PATCHES = {"qwen3_vl_vision": _PATCHES, "qwen3_vl_moe_vision": _PATCHES}

@@ -134,7 +134,7 @@ class _Gather(torch.autograd.Function):
         size, rank = len(shares.counts), dist.get_rank(shares.group)
         counts = [count // unit for count in shares.counts]
         gathered = own.new_empty(sum(counts), *own.shape[1:])
-        every = own.expand(size, *own.shape).flatten(0, 1)
+        every = own.repeat(size, *(1 for _ in own.shape[1:]))
         dist.all_to_all_single(gathered, every, counts, [counts[rank]] * size, group=shares.group)
         ctx.own = slice(shares.own.start // unit, shares.own.stop // unit)
         return gathered
