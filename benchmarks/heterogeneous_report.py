@@ -256,11 +256,10 @@ def verdict(results: Sequence[Result]) -> list[str]:
         for clock, how in ((wall, "by the clock"), (least, "with a core a rank")):
             found = [(result.case.title, _over_homogeneous(result, [kind], clock)) for result in results]
             lines.append(f"{name} over the best homogeneous with a cut sequence, {how}: {_judged(found)}")
-    every = (Kind.HOMOGENEOUS, Kind.CUT_ALIKE, Kind.UNCUT)
     for result in results:
-        best = fastest(result.rows, wall)
-        what = "homogeneous" if best.kind in every else "heterogeneous"
-        lines.append(f"{result.case.title}: the fastest of all is {what}: {best.label}")
+        best, colocated = fastest(result.rows, wall), fastest(result.of(Kind.COLOCATED), wall)
+        over = "" if best is colocated else f", {gain(best, colocated, wall)} over the best colocated one"
+        lines.append(f"{result.case.title}: fastest of all is {best.label} ({best.kind.value}){over}")
     worst = max(result.disagreement for result in results)
     lines.append(f"same samples, same weights: losses of all layouts agree to {worst:.0e}")
     return lines
