@@ -9,7 +9,7 @@ from typing import Any
 from support.families import FAMILIES
 from support.runs import module
 
-COLUMNS = ("colocated", "apart", "encoder tp", "encoder pp", "tp", "pp", "cp", "ep")
+COLUMNS = ("colocated", "apart", "encoder tp", "encoder cp", "encoder pp", "tp", "pp", "cp", "ep")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ FORMS = {
     "pp": Form(("colocated", "pp"), module("0-1", dp=2), module("0-1", pp=2)),
     "encoder tp": Form(("colocated", "encoder tp"), module("0-1", tp=2), module("0-1", dp=2)),
     "encoder tp, cp": Form(("colocated", "encoder tp", "cp"), module("0-1", tp=2), module("0-1", cp=2)),
+    "encoder cp": Form(("apart", "encoder cp"), module("0-1", cp=2), module("2")),
     "encoder pp": Form(("apart", "encoder pp"), module("0-1", pp=2), module("2")),
     "ep": Form(("colocated", "ep"), module("0-1", dp=2), module("0-1", dp=2, ep=2)),
     "apart": Form(("apart",), module("0"), module("1")),
@@ -53,6 +54,10 @@ EXPERTS = frozenset({"qwen3_vl_moe", "qwen3_omni_moe"})
 """Families that have experts."""
 
 
+PATCHES = frozenset({"qwen2_5_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe"})
+"""Families whose encoder takes the patches of all items as one sequence."""
+
+
 def cases() -> list[tuple[str, str]]:
     """Every family and form that is run."""
     return [(family, form) for family in FAMILIES for form in FORMS if (family, form) not in REFUSED and _is_run(family, form)]
@@ -63,4 +68,6 @@ def _is_run(family: str, form: str) -> bool:
         return (family, "encoder pp") in REFUSED
     if form == "encoder tp":
         return (family, "encoder tp, cp") in REFUSED
+    if form == "encoder cp":
+        return family in PATCHES
     return form != "ep" or family in EXPERTS
