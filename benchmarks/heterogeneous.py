@@ -164,14 +164,32 @@ class LongDataset(SyntheticDataset):
         return self._texts, [self._image] * (len(self._texts) - 1)
 
 
-def run_of(contender: Contender, folder: Path, steps: int, context_parallel: str, data_parallel: str) -> RunConfig:
+@dataclass(frozen=True)
+class Options:
+    """What all layouts have in common."""
+
+    steps: int
+    macro_batch: int
+    context_parallel: str
+    data_parallel: str
+
+
+def run_of(contender: Contender, folder: Path, options: Options) -> RunConfig:
     """A run of this layout: `SEQUENCES` a step, one a lane in each microbatch."""
-    lanes = int(contender.language.get("dp", 1))
-    kept = {"data_parallel": data_parallel}
-    language = {**contender.language, **kept, "context_parallel": context_parallel}
-    modules = {"vision": {**contender.vision, **kept}, LANGUAGE: language}
-    train = {"steps": steps, "batch_size": SEQUENCES, "microbatches": SEQUENCES // lanes}
-    return parse_config({"model": str(folder), "weights": "seeded", "modules": modules, "train": train})
+    microbatches = SEQUENCES // int(contender.language.get("dp", 1))
+    kept = {"data_parallel": options.data_parallel}
+    language = {**contender.language, **kept, "context_parallel": options.context_parallel}
+    # Apart, an encoder that serves one microbatch after another lets the language model begin early.
+    macro_batch = 1 if contender.kind == Kind.APART else min(options.macro_batch, microbatches)
+    return parse_config(
+        {
+            "model": str(folder),
+            "weights": "seeded",
+            "modules": {"vision": {**contender.vision, **kept}, LANGUAGE: language},
+            "schedule": {"macro_batch": macro_batch},
+            "train": {"steps": options.steps, "batch_size": SEQUENCES, "microbatches": microbatches},
+        }
+    )
 
 
 def time_cases(
@@ -251,6 +269,7 @@ def main(
     width: Annotated[int, typer.Option(help="Hidden size of both modules.")] = 128,
     layers: Annotated[int, typer.Option(help="Layers of each module.")] = 2,
     image_side: Annotated[int, typer.Option(help="Media tokens along each side of an image.")] = 8,
+    macro_batch: Annotated[int, typer.Option(help="Microbatches of an encoder pass on shared ranks.")] = SEQUENCES,
     context_parallel: Annotated[str, typer.Option(help="How cp ranks attend: ring or ulysses.")] = "ulysses",
     data_parallel: Annotated[str, typer.Option(help="Parameters over dp and cp: replicate or shard.")] = "replicate",
     quick: Annotated[bool, typer.Option(help="One short case, two rounds.")] = False,
@@ -266,8 +285,8 @@ def main(
     results = []
     with tempfile.TemporaryDirectory() as name:
         config.save_pretrained(name)
-        steps = 1 + rounds * len(shares)
-        runs = [run_of(each, Path(name), steps, context_parallel, data_parallel) for each in CONTENDERS]
+        options = Options(1 + rounds * len(shares), macro_batch, context_parallel, data_parallel)
+        runs = [run_of(each, Path(name), options) for each in CONTENDERS]
         for length in lengths or LENGTHS:
             datasets = [LongDataset(config, SEQUENCES * rounds, length, share, image_side) for share in shares]
             started, load = time.perf_counter(), os.getloadavg()[0]
@@ -284,7 +303,8 @@ def main(
     machine = (
         f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores for {RANKS} processes of one thread; float32; "
         f"encoder and language model of {layers} layers of width {width}, images of {image_side**2} media tokens; "
-        f"{SEQUENCES} sequences a step, cp: {context_parallel}, parameters over dp: {data_parallel}; "
+        f"{SEQUENCES} sequences a step, on shared ranks {macro_batch} in an encoder pass; cp: {context_parallel}, parameters "
+        f"over dp: {data_parallel}; "
         f"median of {rounds} rounds in which every layout has a step of every share"
     )
     command = "OMP_NUM_THREADS=1 .venv/bin/python benchmarks/heterogeneous.py " + " ".join(sys.argv[1:])
