@@ -4,7 +4,7 @@
 
 Four processes train a Qwen3-VL of made-up size on sequences of text and images, of several lengths and shares of media tokens.
 The language model cuts its sequence over 4 ranks (`cp 4`); the encoder has what a homogeneous run can give it, or lanes or ranks
-of its own. All layouts of a case take their steps in turn, in the same processes and on the same samples, which are there before
+of its own. All layouts of a length take their steps in turn, in the same processes, on the same samples, which are there before
 the clock starts; a step is forward, backward, sums of gradients and the update. Losses are compared, so that no layout does less.
 What makes a sequence long is its length over the model's width: attention then outweighs the matrices.
 
@@ -31,7 +31,7 @@ import transformers
 import typer
 from heterogeneous_report import Case, Kind, Result, Row, Step, report
 from rich.console import Console
-from stepping import Training, build_training
+from stepping import Training, build_training, with_data
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3VLConfig
 
@@ -164,26 +164,48 @@ class LongDataset(SyntheticDataset):
         return self._texts, [self._image] * (len(self._texts) - 1)
 
 
-def run_of(contender: Contender, folder: Path, steps: int, context_parallel: str, data_parallel: str) -> RunConfig:
+@dataclass(frozen=True)
+class Options:
+    """What all layouts have in common."""
+
+    steps: int
+    macro_batch: int
+    context_parallel: str
+    data_parallel: str
+
+
+def run_of(contender: Contender, folder: Path, options: Options) -> RunConfig:
     """A run of this layout: `SEQUENCES` a step, one a lane in each microbatch."""
-    lanes = int(contender.language.get("dp", 1))
-    kept = {"data_parallel": data_parallel}
-    language = {**contender.language, **kept, "context_parallel": context_parallel}
-    modules = {"vision": {**contender.vision, **kept}, LANGUAGE: language}
-    train = {"steps": steps, "batch_size": SEQUENCES, "microbatches": SEQUENCES // lanes}
-    return parse_config({"model": str(folder), "weights": "seeded", "modules": modules, "train": train})
+    microbatches = SEQUENCES // int(contender.language.get("dp", 1))
+    kept = {"data_parallel": options.data_parallel}
+    language = {**contender.language, **kept, "context_parallel": options.context_parallel}
+    # Apart, an encoder that serves one microbatch after another lets the language model begin early.
+    macro_batch = 1 if contender.kind == Kind.APART else min(options.macro_batch, microbatches)
+    return parse_config(
+        {
+            "model": str(folder),
+            "weights": "seeded",
+            "modules": {"vision": {**contender.vision, **kept}, LANGUAGE: language},
+            "schedule": {"macro_batch": macro_batch},
+            "train": {"steps": options.steps, "batch_size": SEQUENCES, "microbatches": microbatches},
+        }
+    )
 
 
-def time_case(
-    world: World, _: RunConfig, runs: Sequence[RunConfig], config: PreTrainedConfig, dataset: LongDataset
-) -> list[list[Step]]:
-    """Every counted step of every run; of each the first, which does not count, warms up."""
-    trainings = [_training(world, run, config, dataset) for run in runs]
-    steps: list[list[Step]] = [[] for _ in runs]
-    for number in range(runs[0].train.steps):
-        for its, training in zip(steps, trainings, strict=True):
-            its.append(_timed(training, number))
-    return [its[1:] for its in steps]
+def time_cases(
+    world: World, _: RunConfig, runs: Sequence[RunConfig], config: PreTrainedConfig, datasets: Sequence[LongDataset], rounds: int
+) -> list[list[list[Step]]]:
+    """By dataset, run and round: every counted step. The first of each run, on the last of the datasets, warms up."""
+    trainings = [_training(world, run, config, datasets[-1]) for run in runs]
+    for training in trainings:
+        _timed(training, 0)
+    cases = [[with_data(training, config, dataset) for training in trainings] for dataset in datasets]
+    steps: list[list[list[Step]]] = [[[] for _ in runs] for _ in datasets]
+    for number in range(rounds):
+        for case, of_case in zip(cases, steps, strict=True):
+            for training, its in zip(case, of_case, strict=True):
+                its.append(_timed(training, number))
+    return steps
 
 
 def _training(world: World, run: RunConfig, config: PreTrainedConfig, dataset: LongDataset) -> Training:
@@ -247,6 +269,7 @@ def main(
     width: Annotated[int, typer.Option(help="Hidden size of both modules.")] = 128,
     layers: Annotated[int, typer.Option(help="Layers of each module.")] = 2,
     image_side: Annotated[int, typer.Option(help="Media tokens along each side of an image.")] = 8,
+    macro_batch: Annotated[int, typer.Option(help="Microbatches of an encoder pass on shared ranks.")] = SEQUENCES,
     context_parallel: Annotated[str, typer.Option(help="How cp ranks attend: ring or ulysses.")] = "ulysses",
     data_parallel: Annotated[str, typer.Option(help="Parameters over dp and cp: replicate or shard.")] = "replicate",
     quick: Annotated[bool, typer.Option(help="One short case, two rounds.")] = False,
@@ -257,29 +280,32 @@ def main(
     console = Console(width=180, highlight=False)
     if quick:
         lengths, shares, rounds = lengths or [1024], shares or [0.5], 2
+    shares = sorted(shares or SHARES)
     config = bench_model(width, layers)
     results = []
     with tempfile.TemporaryDirectory() as name:
         config.save_pretrained(name)
-        runs = [run_of(each, Path(name), rounds + 1, context_parallel, data_parallel) for each in CONTENDERS]
+        options = Options(1 + rounds * len(shares), macro_batch, context_parallel, data_parallel)
+        runs = [run_of(each, Path(name), options) for each in CONTENDERS]
         for length in lengths or LENGTHS:
-            for share in shares or SHARES:
-                dataset = LongDataset(config, SEQUENCES * (rounds + 1), length, share, image_side)
-                case = case_of(length, dataset, runs[0], config)
-                started, load = time.perf_counter(), os.getloadavg()[0]
-                steps = launch(runs[0], partial(time_case, runs=runs, config=config, dataset=dataset))
-                assert steps is not None
+            datasets = [LongDataset(config, SEQUENCES * rounds, length, share, image_side) for share in shares]
+            started, load = time.perf_counter(), os.getloadavg()[0]
+            work = partial(time_cases, runs=runs, config=config, datasets=datasets, rounds=rounds)
+            found = launch(runs[0], work)
+            assert found is not None
+            for dataset, of_case in zip(datasets, found, strict=True):
                 rows = [
                     Row(each.kind, each.label, _turns(run), run.train.microbatches, run.world_size, tuple(its))
-                    for each, run, its in zip(CONTENDERS, runs, steps, strict=True)
+                    for each, run, its in zip(CONTENDERS, runs, of_case, strict=True)
                 ]
-                results.append(Result(case, tuple(rows)))
-                print(f"{case.title}: {time.perf_counter() - started:.0f} s, load {load:.1f} before it", file=sys.stderr)
+                results.append(Result(case_of(length, dataset, runs[0], config), tuple(rows)))
+            print(f"{length:,} tokens: {time.perf_counter() - started:.0f} s, load {load:.1f} before it", file=sys.stderr)
     machine = (
         f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores for {RANKS} processes of one thread; float32; "
         f"encoder and language model of {layers} layers of width {width}, images of {image_side**2} media tokens; "
-        f"{SEQUENCES} sequences a step, cp: {context_parallel}, parameters over dp: {data_parallel}; "
-        f"median of {rounds} steps after a first"
+        f"{SEQUENCES} sequences a step, on shared ranks {macro_batch} in an encoder pass; cp: {context_parallel}, parameters "
+        f"over dp: {data_parallel}; "
+        f"median of {rounds} rounds in which every layout has a step of every share"
     )
     command = "OMP_NUM_THREADS=1 .venv/bin/python benchmarks/heterogeneous.py " + " ".join(sys.argv[1:])
     report(console, results, machine, command.strip(), markdown)

@@ -203,6 +203,8 @@ NOTES = (
     "Without cp: dp 4 holds a whole sequence on one rank, which is what rules it out where sequences are long (one's "
     "activations exceed a GPU's memory); tp 4 ends at the GPUs of a node and at the key-value heads; from there on cp is needed. "
     "Both fit here.",
+    "Strictly, one layout for both modules repeats the encoder over cp; tp for the encoder beside cp 4 for the language model is "
+    "counted as homogeneous to the benefit of that side.",
     "cp for both is one layout for both modules, too, but asks for a tower whose patches can be cut, and heads for every rank.",
     "Messages go through the loopback device, which makes tp, with the most and the most urgent of them, dearer than inside "
     "a node of GPUs: where a tp layout is the best homogeneous one, gains over it are too large, not too small.",

@@ -1,6 +1,6 @@
 """What do the benchmarks share? One rank's training step, as `meshweave train` takes it, with whatever data it is handed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -50,13 +50,13 @@ def build_training(world: World, run: RunConfig, config: PreTrainedConfig, datas
     schedule = agreed_schedule(world, run, config, dataset)
     model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
-    return Training(
-        world,
-        run,
-        model,
-        schedule,
-        build_loader(run, dataset, world, schedule, model.part.rule),
-        optimizer,
-        build_schedule(run, optimizer),
-        Travel(media_widths(config), config.get_text_config().hidden_size, TRAVELS_AS[run.dtype]),
-    )
+    loader = build_loader(run, dataset, world, schedule, model.part.rule)
+    travel = Travel(media_widths(config), config.get_text_config().hidden_size, TRAVELS_AS[run.dtype])
+    return Training(world, run, model, schedule, loader, optimizer, build_schedule(run, optimizer), travel)
+
+
+def with_data(training: Training, config: PreTrainedConfig, dataset: Dataset) -> Training:
+    """The same training on other data; a collective over all ranks of the run."""
+    schedule = agreed_schedule(training.world, training.run, config, dataset)
+    loader = build_loader(training.run, dataset, training.world, schedule, training.model.part.rule)
+    return replace(training, schedule=schedule, loader=loader)
