@@ -75,11 +75,13 @@ def evaluated(run: RunConfig, data: Labelled) -> Evaluation:
         (module("0-3", pp=2, tp=2), True),
         (module("0-1", tp=2, sequence_parallel=False), False),
     ],
-    ids=lambda its: " ".join(f"{key}{its[key]}" for key in ("pp", "dp", "cp", "tp") if its.get(key, 1) > 1)
-    if isinstance(its, dict)
-    else "tied"
-    if its
-    else "untied",
+    ids=lambda its: (
+        " ".join(f"{key}{its[key]}" for key in ("pp", "dp", "cp", "tp") if its.get(key, 1) > 1)
+        if isinstance(its, dict)
+        else "tied"
+        if its
+        else "untied"
+    ),
 )
 def test_exact_samples_and_loss_are_those_of_the_plain_model(language: dict[str, Any], tied: bool, tmp_path: Path) -> None:
     """The last step has fewer samples than lanes and microbatches: a lane stays empty."""
