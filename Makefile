@@ -6,7 +6,7 @@ BIN := .venv/bin
 # More threads than cores slow several processes down many times over.
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo test bench clean
+.PHONY: demo test families bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m meshweave.data.quickstart runs/digits/start
@@ -17,10 +17,16 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 
+families: .venv/ready
+	rm -rf runs/families
+	MESHWEAVE_RECORDS=runs/families $(BIN)/python -m pytest tests/families -k "not documented"
+	PYTHONPATH=src:tests $(BIN)/python -m families.table runs/families
+
 bench: .venv/ready
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/nested.py
 	$(BIN)/python benchmarks/pipelines.py
+	$(BIN)/python benchmarks/heterogeneous.py
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "meshweave needs Python 3.11 or newer, $(PYTHON) is %d.%d; set PYTHON=" % sys.version_info[:2])'

@@ -28,15 +28,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from step_time import bench_config
+from stepping import build_training
 from transformers import PreTrainedConfig
 
 from meshweave.config import LANGUAGE, RunConfig, parse_config
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.data.synthetic_media import Item
 from meshweave.layout import placements
-from meshweave.model.blueprint import TRAVELS_AS
-from meshweave.model.modules import media_widths
-from meshweave.parallel.build import build_model
 from meshweave.schedule.actions import COMPUTE, Kind
 from meshweave.schedule.check import activation_peaks
 from meshweave.schedule.durations import Durations, Key
@@ -44,13 +42,9 @@ from meshweave.schedule.measured import durations_of
 from meshweave.schedule.schedule import Schedule
 from meshweave.schedule.simulate import Timeline, simulate
 from meshweave.schedule.work import StepWork
-from meshweave.train.data import build_loader
-from meshweave.train.optimizer import build_optimizer, build_schedule
-from meshweave.train.schedules import Speed, agreed_schedule, model_durations, run_schedule, typical_step
-from meshweave.train.step import finish_gradients, run_step
+from meshweave.train.schedules import Speed, model_durations, run_schedule, typical_step
 from meshweave.train.trace import measured_timeline, start_clock
 from meshweave.train.trainer import step_tokens
-from meshweave.train.worker import Travel
 from meshweave.train.world import World, launch
 
 WARM_UP = 2
@@ -111,20 +105,11 @@ class Step:
 
 def time_case(world: World, run: RunConfig, config: PreTrainedConfig, dataset: AlikeDataset) -> list[Step]:
     """Every counted step of a case, in which the step's data is there before it begins."""
-    schedule = agreed_schedule(world, run, config, dataset)
-    model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
-    loader = build_loader(run, dataset, world, schedule, model.part.rule)
-    optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
-    rates = build_schedule(run, optimizer)
-    travel = Travel(media_widths(config), config.get_text_config().hidden_size, TRAVELS_AS[run.dtype])
+    training = build_training(world, run, config, dataset)
     steps = []
-    for local in loader.steps(0, run.train.steps, prefetch=False):
+    for local in training.loader.steps(0, run.train.steps, prefetch=False):
         clock = start_clock(world)
-        totals = run_step(model, local, world, schedule, travel, clock.spans)
-        if finish_gradients(model, totals, run.train.max_grad_norm):
-            optimizer.step()
-        rates.step()
-        optimizer.zero_grad()
+        training.take(local, clock.spans)
         full_seconds = time.perf_counter() - clock.began
         steps.append(Step(measured_timeline(world, clock), full_seconds, step_tokens(local.plan)))
     return steps[WARM_UP:]

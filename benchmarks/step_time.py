@@ -20,6 +20,7 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
+from stepping import build_training
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlavaConfig, PreTrainedConfig, Qwen3Config
@@ -28,15 +29,9 @@ from meshweave.config import RunConfig, parse_config
 from meshweave.data.dataset import Dataset
 from meshweave.data.loader import Loader
 from meshweave.data.synthetic import SyntheticDataset
-from meshweave.model.blueprint import STORED, read_model_config
-from meshweave.model.modules import media_widths
-from meshweave.parallel.build import build_model
-from meshweave.train.data import build_loader
-from meshweave.train.optimizer import build_optimizer, build_schedule
-from meshweave.train.schedules import agreed_schedule
-from meshweave.train.step import finish_gradients, run_step
+from meshweave.model.blueprint import read_model_config
+from meshweave.train.optimizer import build_schedule
 from meshweave.train.trainer import step_tokens
-from meshweave.train.worker import Travel
 from meshweave.train.world import World, launch
 
 BLOCK = 4
@@ -75,23 +70,14 @@ def meshweave_step(
     world: World, run: RunConfig, config: PreTrainedConfig, dataset: Dataset
 ) -> tuple[Loader, Callable[[int], int]]:
     """The loader, and a function that takes training step `number` as `meshweave train` does and returns the step's tokens."""
-    schedule = agreed_schedule(world, run, config, dataset)
-    model = build_model(run, config, world.placements, world.meshes, world.rank, world.device)
-    loader = build_loader(run, dataset, world, schedule, model.part.rule)
-    optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
-    rates = build_schedule(run, optimizer)
-    travel = Travel(media_widths(config), config.get_text_config().hidden_size, STORED[run.dtype])
+    training = build_training(world, run, config, dataset)
 
     def step(number: int) -> int:
-        local = loader.step(number)
-        totals = run_step(model, local, world, schedule, travel)
-        if finish_gradients(model, totals, run.train.max_grad_norm):
-            optimizer.step()
-        rates.step()
-        optimizer.zero_grad()
+        local = training.loader.step(number)
+        training.take(local)
         return step_tokens(local.plan)
 
-    return loader, step
+    return training.loader, step
 
 
 def plain_step(run: RunConfig, dataset: Dataset, loader: Loader) -> Callable[[int], None]:

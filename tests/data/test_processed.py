@@ -11,8 +11,10 @@ import torch.distributed as dist
 from PIL import Image
 from support.ranks import run_ranks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlavaProcessor, PreTrainedTokenizerFast, Qwen3VLProcessor
+from transformers import Gemma3Processor, LlavaNextProcessor, LlavaProcessor, PreTrainedTokenizerFast, Qwen3VLProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -71,6 +73,25 @@ def clip() -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
 
 
+def llava_next() -> LlavaNextProcessor:
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]]
+    )
+    return LlavaNextProcessor(
+        images, tokenizer(["<image>"]), patch_size=8, chat_template=PLAIN, vision_feature_select_strategy="full"
+    )
+
+
+def gemma3() -> Gemma3Processor:
+    images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    text = tokenizer(["<start_of_image>", "<image_soft_token>", "<end_of_image>"])
+    marks = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    for name, mark in marks.items():
+        setattr(text, name, mark)
+        setattr(text, f"{name}_id", text.convert_tokens_to_ids(mark))
+    return Gemma3Processor(images, text, chat_template=PLAIN.replace("<image>", "<start_of_image>"), image_seq_length=4)
+
+
 class ImagesOnly(Qwen3VLProcessor):
     """Qwen3-VL's processor without the video processor, which needs torchvision."""
 
@@ -100,6 +121,8 @@ CASES = {
         clip(), "{{ bos_token }}" + PLAIN, adds_bos=True, vision_feature_select_strategy="full"
     ),
     "qwen3-vl": qwen,
+    "llava-next, in squares": llava_next,
+    "gemma 3, whose placeholder is not its image token": gemma3,
 }
 
 
@@ -167,14 +190,21 @@ def test_token_ids_grids_and_pixels_equal_the_processors_own(processor, index):
     assert labels.shape == input_ids.shape
     assert meta.tokens == len(input_ids)
     assert [item.module for item in meta.media] == ["vision"] * len(SAMPLES[index].media)
-    assert sum(item.tokens for item in meta.media) == (input_ids == processor.image_token_id).sum()
+    placeholder = processor.tokenizer.convert_tokens_to_ids(dataset.placeholder)
+    assert sum(item.tokens for item in meta.media) == (input_ids == placeholder).sum()
     places = [place for item in meta.media for first, count in item.runs for place in range(first, first + count)]
-    assert places == (input_ids == processor.image_token_id).nonzero().flatten().tolist()
+    assert places == (input_ids == placeholder).nonzero().flatten().tolist()
     assert [sum(count for _, count in item.runs) for item in meta.media] == [item.tokens for item in meta.media]
     if SAMPLES[index].media:
         items = [dataset.media(index, slot) for slot in range(len(meta.media))]
         for key in items[0]:
-            assert torch.equal(torch.cat([item[key] for item in items]), expected[key])
+            theirs = expected[key]
+            if theirs.ndim == 5:
+                theirs = torch.cat([image[: len(item[key])] for image, item in zip(theirs, items, strict=True)])
+            assert torch.equal(torch.cat([item[key] for item in items]), theirs)
+        if "image_sizes" in expected:
+            assert [list(item.size) for item in meta.media] == expected["image_sizes"].tolist()
+            assert [item.grid[0] for item in meta.media] == [len(item["pixel_values"]) for item in items]
         if "image_grid_thw" in expected:
             assert [list(item.grid) for item in meta.media] == expected["image_grid_thw"].tolist()
 

@@ -9,7 +9,7 @@ from typing import Any
 from support.families import FAMILIES
 from support.runs import module
 
-COLUMNS = ("colocated", "apart", "encoder tp", "encoder pp", "tp", "pp", "cp", "ep")
+COLUMNS = ("colocated", "apart", "encoder tp", "encoder cp", "encoder pp", "tp", "pp", "cp", "ep")
 
 
 @dataclass(frozen=True)
@@ -28,28 +28,46 @@ FORMS = {
     "tp": Form(("colocated", "tp"), module("0-1", dp=2), module("0-1", tp=2)),
     "pp": Form(("colocated", "pp"), module("0-1", dp=2), module("0-1", pp=2)),
     "encoder tp": Form(("colocated", "encoder tp"), module("0-1", tp=2), module("0-1", dp=2)),
+    "encoder tp, cp": Form(("colocated", "encoder tp", "cp"), module("0-1", tp=2), module("0-1", cp=2)),
+    "encoder cp": Form(("apart", "encoder cp"), module("0-1", cp=2), module("2")),
     "encoder pp": Form(("apart", "encoder pp"), module("0-1", pp=2), module("2")),
+    "ep": Form(("colocated", "ep"), module("0-1", dp=2), module("0-1", dp=2, ep=2)),
     "apart": Form(("apart",), module("0"), module("1")),
 }
 
+OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
+    ("qwen3_5", "tp"): {"sequence_parallel": False},
+}
+"""Family and form to what its language model is told besides."""
+
 NO_CUT = "it is not known where this module may be cut into pipeline stages"
 REFUSED = {
-    ("mistral3", "encoder pp"): NO_CUT,
+    ("qwen3_5", "encoder tp, cp"): "qwen3_5_text has linear_attention layers, which carry a state along the sequence",
     ("gemma4", "encoder pp"): NO_CUT,
     ("gemma4_e", "encoder pp"): NO_CUT,
     ("gemma4_e", "pp"): "every layer of gemma4_text takes an embedding of its own",
-    ("qwen2_audio", "encoder pp"): NO_CUT,
-    ("qwen2_5_omni", "encoder pp"): NO_CUT,
-    ("qwen3_omni_moe", "encoder pp"): NO_CUT,
 }
 """Family and form to the message with which it is refused."""
 
 
+EXPERTS = frozenset({"qwen3_vl_moe", "qwen3_omni_moe"})
+"""Families that have experts."""
+
+
+PATCHES = frozenset({"qwen2_5_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe"})
+"""Families whose encoder takes the patches of all items as one sequence."""
+
+
 def cases() -> list[tuple[str, str]]:
-    """Every family and form that is run; placements apart follow from an encoder in a pipeline of its own, where there is one."""
-    return [
-        (family, form)
-        for family in FAMILIES
-        for form in FORMS
-        if (family, form) not in REFUSED and (form != "apart" or (family, "encoder pp") in REFUSED)
-    ]
+    """Every family and form that is run."""
+    return [(family, form) for family in FAMILIES for form in FORMS if (family, form) not in REFUSED and _is_run(family, form)]
+
+
+def _is_run(family: str, form: str) -> bool:
+    if form == "apart":  # follows from an encoder in a pipeline of its own, where there is one
+        return (family, "encoder pp") in REFUSED
+    if form == "encoder tp":
+        return (family, "encoder tp, cp") in REFUSED
+    if form == "encoder cp":
+        return family in PATCHES
+    return form != "ep" or family in EXPERTS

@@ -10,13 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from families.cases import COLUMNS
+
 DOCS = Path(__file__).parents[2] / "docs"
 HEAD = """# Families
 
 Each number is the worst relative error of any parameter's gradient against the plain Hugging Face model in float64, over all
 layouts of its column that the tests run (`tests/families`), at tiny size with random weights and ragged samples: text alone,
 one item, several; images of several sizes, videos where the family takes them, sounds. "refused" is one message, before anything
-starts; where there is no entry, no test says anything. This file is written by `tests/families/table.py` from what ran.
+starts; where there is no entry, no test says anything (`ep`: families with experts). `make families` writes this file from what
+ran.
 """
 
 
@@ -61,8 +64,6 @@ def _cell(found: Mapping[str, float | None], column: str) -> str:
 
 
 if __name__ == "__main__":
-    from families.cases import COLUMNS
-
     gathered = gather(Path(sys.argv[1]))
     (DOCS / "families.json").write_text(json.dumps(gathered, indent=1, sort_keys=True) + "\n")
     (DOCS / "families.md").write_text(markdown(gathered, COLUMNS))

@@ -10,11 +10,11 @@ from support.families import FAMILIES
 from support.models import write_model_folder
 from support.runs import module, verified
 
-from families.cases import COLUMNS, FORMS, REFUSED, Form, cases
+from families.cases import COLUMNS, FORMS, OPTIONS, REFUSED, cases
 from families.table import DOCS, markdown, record
 from meshweave.config import RunConfig, parse_config
 from meshweave.data.synthetic import SyntheticDataset
-from meshweave.errors import LayoutError
+from meshweave.errors import ConfigError, LayoutError
 from meshweave.model.check import check_model
 from meshweave.model.families import PROVEN
 from meshweave.model.modules import ENCODERS, has_encoder
@@ -22,24 +22,24 @@ from meshweave.train.trainer import train
 from meshweave.train.world import launch
 
 
-def run_in(form: Form, family: str, folder: Path) -> RunConfig:
-    config = FAMILIES[family]()
-    encoders = {name: form.encoders for name in ENCODERS if has_encoder(config, name)}
+def run_in(form: str, family: str, folder: Path) -> RunConfig:
+    config, layout = FAMILIES[family](), FORMS[form]
+    encoders = {name: layout.encoders for name in ENCODERS if has_encoder(config, name)}
     tree = {
         "model": str(write_model_folder(config, folder)),
-        "modules": {**encoders, "language": form.language},
+        "modules": {**encoders, "language": layout.language | OPTIONS.get((family, form), {})},
         "train": {"steps": 1, "batch_size": 6, "microbatches": 2, "lr": 1e-3},
         "dtype": "float64",
         "weights": "seeded",
         "seed": 3,
         "timeout_seconds": 60,
     }
-    return parse_config(tree | form.run)
+    return parse_config(tree | layout.run)
 
 
 @pytest.mark.parametrize(("family", "form"), cases())
 def test_a_family_equals_the_single_process(family: str, form: str, tmp_path: Path) -> None:
-    run = run_in(FORMS[form], family, tmp_path)
+    run = run_in(form, family, tmp_path)
     config = FAMILIES[family]()
     check_model(run, config)
     report = verified(run, steps=1)
@@ -53,9 +53,9 @@ def test_a_family_equals_the_single_process(family: str, form: str, tmp_path: Pa
 @pytest.mark.parametrize(("family", "form"), REFUSED)
 def test_what_a_family_cannot_do_is_refused_in_one_message(family: str, form: str, tmp_path: Path) -> None:
     (column,) = set(FORMS[form].columns) - {"colocated", "apart"}
-    with pytest.raises(LayoutError, match=REFUSED[family, form]) as caught:
-        check_model(run_in(FORMS[form], family, tmp_path), FAMILIES[family]())
-    assert "set its pp to 1" in str(caught.value) or "set its tp to 1" in str(caught.value)
+    with pytest.raises((ConfigError, LayoutError), match=REFUSED[family, form]) as caught:
+        check_model(run_in(form, family, tmp_path), FAMILIES[family]())
+    assert "; set it" in str(caught.value)
     record(family, form, (column,), [], None)
 
 

@@ -70,6 +70,13 @@ def test_a_model_without_media_is_refused() -> None:
         check_model(run_of("vision", "language"), LlamaConfig())
 
 
+def test_token_types_of_unknown_meaning_are_refused() -> None:
+    text = {"model_type": "gemma", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    config = AutoConfig.for_model("paligemma", text_config=text | {"intermediate_size": 32, "vocab_size": 64})
+    with pytest.raises(LayoutError, match="its forward wants `token_type_ids`, whose meaning is known for gemma3 only"):
+        graph_of(blueprint_of(config, torch.float32))
+
+
 def test_a_model_whose_encoder_is_not_separate_is_refused() -> None:
     with pytest.raises(LayoutError, match="base has `language_model` and `get_image_features` or `get_audio_features`"):
         graph_of(blueprint_of(AutoConfig.for_model("fuyu"), torch.float32))

@@ -12,7 +12,7 @@ from meshweave.model.blueprint import read_model_config
 from meshweave.train.verify import VerifyReport, verify
 from meshweave.train.world import launch
 
-STEPS = 5
+STEPS = 3
 
 
 def module(ranks: str, dp: int = 1, tp: int = 1, **options: Any) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Kept(NamedTuple):
 
 
 class _Saved:
-    """State: what autograd saved, each storage once, kept alive so that none is taken for another; and whether a norm runs."""
+    """State: what autograd has saved, each storage once, kept alive so that none is taken for another; if a norm runs."""
 
     def __init__(self, stage: nn.Module) -> None:
         self.storages: dict[int, torch.UntypedStorage] = {}

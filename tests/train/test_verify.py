@@ -1,4 +1,4 @@
-"""Every layout trains the same model as one process: loss, every gradient, and the weights after five steps."""
+"""Every layout trains the same model as one process: loss, every gradient, and the weights after three steps."""
 
 import json
 from pathlib import Path

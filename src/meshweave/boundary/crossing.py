@@ -1,54 +1,51 @@
 """Who sends which media tokens of a microbatch to whom? Lanes, placements and the cut of sequences become a transfer plan."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from meshweave.batch import MicrobatchPlan
-from meshweave.boundary.ownership import Ownership, Share, lane_ownership, slice_ownership, split_positions
+from meshweave.boundary.ownership import Share, lane_ownership, slice_ownership, split_positions
 from meshweave.boundary.transfer import TransferPlan, plan_transfer
 from meshweave.config import LANGUAGE
 from meshweave.errors import DataError
 from meshweave.layout import Placement
-from meshweave.sequence.grid import UNCUT, LaneGrid, SequenceRule, lay_out
+from meshweave.sequence.grid import LaneGrid
 
 
 def plan_crossing(
     plan: MicrobatchPlan,
     encoder: str,
     placements: Mapping[str, Placement],
-    rule: SequenceRule = UNCUT,
+    grids: Sequence[LaneGrid],
     node_size: int | None = None,
 ) -> TransferPlan:
     """Transfer plan of one encoder's tokens: from the lanes that encode them to the first-stage ranks that embed them.
 
     Where sequences are cut, a rank gets the tokens in its own slice alone.
+
+    Args:
+        grids: of every lane of the language model.
     """
     tokens = plan.item_tokens(encoder)
     source = lane_ownership(tokens, plan.encoder_lanes[encoder], placements[encoder].lanes(placements[encoder].layout.pp - 1))
     language = placements[LANGUAGE]
-    if rule.cut:
-        destination = _sliced(plan, encoder, language, rule)
+    if any(grid.cut for grid in grids):
+        runs = [_runs(plan, lane, encoder, grid) for lane, grid in enumerate(grids)]
+        destination = slice_ownership(runs, list(map(_slices, grids, language.lanes())))
     else:
         destination = lane_ownership(tokens, plan.language_items(encoder), language.lanes())
     return plan_transfer(source, destination, node_size)
 
 
-def _sliced(plan: MicrobatchPlan, encoder: str, language: Placement, rule: SequenceRule) -> Ownership:
-    grids = [lay_out(samples, rule) for samples in plan.lanes]
-    runs = [_runs(plan, lane, encoder, grid) for lane, grid in enumerate(grids)]
-    slices = [_slices(grid, ranks, rule) for grid, ranks in zip(grids, language.lanes(), strict=True)]
-    return slice_ownership(runs, slices)
-
-
-def _slices(grid: LaneGrid, ranks: tuple[int, ...], rule: SequenceRule) -> list[Share]:
+def _slices(grid: LaneGrid, ranks: tuple[int, ...]) -> list[Share]:
     """Who holds which columns of a lane; its ranks are in layout order, `tp` innermost."""
-    tp = len(ranks) // rule.cp
+    tp = len(ranks) // len(grid.parts)
     found = []
     for cp, columns in enumerate(grid.parts):
         its = ranks[cp * tp : (cp + 1) * tp]
-        if rule.tp == 1:
+        if grid.slices == 1:
             found.append(Share(its, columns))
         else:
-            found += [Share((rank,), part) for rank, part in zip(its, split_positions(columns, rule.tp), strict=True)]
+            found += [Share((rank,), part) for rank, part in zip(its, split_positions(columns, grid.slices), strict=True)]
     return found
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -98,7 +99,7 @@ class Loader:
         encoders: this rank's part in each encoder.
         rule: how sequences of the language model are laid out and cut.
         packing: how a slot's samples lie in memory. A sample longer than its token budget counts as unreadable.
-        crossing: plans who sends a microbatch's tokens of an encoder to whom; nothing crosses without it.
+        crossing: plans who sends a microbatch's tokens of an encoder to whom, by every lane's grid; without it, nothing crosses.
         rank, world, group: this process among those that plan together, and a gloo group of them for the
             loader's own use (it talks from a background thread). Without a group this process plans alone.
         on_error: what an unreadable sample does, on all ranks alike: "skip" names it once in the log of rank
@@ -121,7 +122,7 @@ class Loader:
         encoders: Mapping[str, EncoderRole],
         rule: SequenceRule = UNCUT,
         packing: Packing = PADDED,
-        crossing: Callable[[MicrobatchPlan, str], TransferPlan] | None = None,
+        crossing: Callable[[MicrobatchPlan, Sequence[LaneGrid], str], TransferPlan] | None = None,
         rank: int = 0,
         world: int = 1,
         group: dist.ProcessGroup | None = None,
@@ -163,13 +164,14 @@ class Loader:
         while True:
             self._report(bad)
             plan = self._planned([metas[sample] for sample in samples if sample not in bad])
-            language = tuple(self._load_language(microbatch, reader) for microbatch in plan.microbatches)
+            grids = [tuple(lay_out(lane, self.rule) for lane in microbatch.lanes) for microbatch in plan.microbatches]
+            language = tuple(map(partial(self._load_language, reader), plan.microbatches, grids))
             media = {name: self._load_encoder(plan, name, role, reader) for name, role in self.encoders.items()}
             # Decoding may still fail where a header was fine; all ranks then drop the sample and plan again.
             failed = self._agreed_failures({sample: why for sample, why in reader.failed.items() if sample not in bad})
             if not failed:
                 self._refuse_if_nothing_can_be_read(len(samples), bad)
-                return LocalStep(plan, len(bad), language, media, self._crossings(plan))
+                return LocalStep(plan, len(bad), language, media, self._crossings(plan, grids))
             bad |= failed
 
     def plan(self, number: int) -> StepPlan:
@@ -245,21 +247,21 @@ class Loader:
                     more = "; further ones are counted, not named" if len(self._named) == MOST_NAMED else ""
                     logger.warning("sample %d is skipped: %s%s", sample, bad[sample], more)
 
-    def _crossings(self, plan: StepPlan) -> dict[tuple[str, int], TransferPlan]:
+    def _crossings(self, plan: StepPlan, grids: Sequence[Sequence[LaneGrid]]) -> dict[tuple[str, int], TransferPlan]:
         if self.crossing is None:
             return {}
         return {
-            (encoder, number): self.crossing(microbatch, encoder)
+            (encoder, number): self.crossing(microbatch, grids[number], encoder)
             for number, microbatch in enumerate(plan.microbatches)
             for encoder, items in microbatch.items.items()
             if items
         }
 
-    def _load_language(self, plan: MicrobatchPlan, reader: "_Reader") -> LanguageBatch | None:
+    def _load_language(self, reader: "_Reader", plan: MicrobatchPlan, grids: Sequence[LaneGrid]) -> LanguageBatch | None:
         lane = self.language_lane
         if lane is None:
             return None
-        grid = lay_out(plan.lanes[lane], self.rule)
+        grid = grids[lane]
         input_ids = torch.zeros(grid.rows, grid.length, dtype=torch.int64)
         labels = torch.full_like(input_ids, IGNORE)
         for sample, (row, start, stop) in zip(plan.lanes[lane], grid.places, strict=True):

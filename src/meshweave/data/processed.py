@@ -32,10 +32,15 @@ class Footprint:
     tokens: int
     """Media tokens among it."""
     grid: tuple[int, ...] | None
-    """(t, h, w) in patches, for processors that return `image_grid_thw`."""
+    """(t, h, w) in patches, for processors that return `image_grid_thw`; (squares, 1, media tokens of one) where these cut an
+    image into several."""
+    size: tuple[int, int] | None
+    """(height, width) in pixels, for processors that return `image_sizes`."""
 
 
 _DUMMY_SIZE = (32, 32)
+_ENCODER_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids")
+"""What encoders take of what image processors return."""
 
 
 def patches(meta: MediaMeta) -> float:
@@ -62,6 +67,8 @@ class ProcessedDataset:
     ) -> None:
         self.source, self.processor, self.module, self.cost = source, processor, module, cost
         _require(processor)
+        # What the model replaces by media tokens; Gemma 3's processor calls its start mark `image_token`.
+        self.placeholder: str = getattr(processor.tokenizer, "image_token", None) or processor.image_token
         self._footprint: Callable[[tuple[int, int]], Footprint] = lru_cache(maxsize=65536)(self._choose_footprint())
 
     def __len__(self) -> int:
@@ -73,8 +80,8 @@ class ProcessedDataset:
         footprints = self._footprints(sample)
         text = self._expand(self._render(sample.messages), footprints)
         ids = self._tokenize(text)["input_ids"]
-        media = [MediaMeta(self.module, found.tokens, cost=0.0, grid=found.grid) for found in footprints]
-        placeholder = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        media = [self._meta(self.module, found) for found in footprints]
+        placeholder = self.processor.tokenizer.convert_tokens_to_ids(self.placeholder)
         placed = with_runs(media, ids, {"image": placeholder})
         return SampleMeta(index, len(ids), tuple(replace(item, cost=self.cost(item)) for item in placed))
 
@@ -107,8 +114,11 @@ class ProcessedDataset:
 
     def dummy_meta(self, module: str) -> MediaMeta:
         """Tokens and grid of `dummy_media`."""
-        found = self._footprint(_DUMMY_SIZE)
-        return MediaMeta(module, found.tokens, cost=0.0, grid=found.grid)
+        return self._meta(module, self._footprint(_DUMMY_SIZE))
+
+    @staticmethod
+    def _meta(module: str, found: Footprint) -> MediaMeta:
+        return MediaMeta(module, found.tokens, cost=0.0, grid=found.grid, size=found.size)
 
     def _render(self, messages: Any, add_generation_prompt: bool = False) -> str:
         if not messages:  # what comes before the first turn; not every template accepts an empty list
@@ -160,6 +170,13 @@ class ProcessedDataset:
         return tokenizer(text, add_special_tokens=not written, return_offsets_mapping=True)
 
     def _process(self, image: Image.Image) -> dict[str, Tensor]:
+        raw = self._processed(image)
+        found = {key: raw[key] for key in _ENCODER_INPUTS if key in raw}
+        if found["pixel_values"].ndim == 5:  # [images, squares, …]: images of several numbers of squares are joined by square
+            found["pixel_values"] = found["pixel_values"].flatten(0, 1)
+        return found
+
+    def _processed(self, image: Image.Image) -> dict[str, Tensor]:
         return dict(self.processor.image_processor([image], return_tensors="pt"))
 
     def _footprints(self, sample: RawSample) -> list[Footprint]:
@@ -185,13 +202,20 @@ class ProcessedDataset:
             bounds = {"min_pixels": images.size["shortest_edge"], "max_pixels": images.size["longest_edge"]}
             height, width = resize(*size, factor=images.patch_size * images.merge_size, **bounds)
             grid = (1, height // images.patch_size, width // images.patch_size)
-        return Footprint(self.processor.image_token * tokens, tokens, grid)
+        return Footprint(self.processor.image_token * tokens, tokens, grid, None)
 
     def _measured(self, size: tuple[int, int]) -> Footprint:
-        inputs = self._process(Image.new("RGB", (size[1], size[0])))
+        inputs = self._processed(Image.new("RGB", (size[1], size[0])))
         text = self.processor.replace_image_token(inputs, 0)
-        grid = inputs.get("image_grid_thw")
-        return Footprint(text, text.count(self.processor.image_token), None if grid is None else tuple(grid[0].tolist()))
+        tokens = text.count(self.placeholder)
+        pixels, grids, sizes = (inputs.get(key) for key in ("pixel_values", "image_grid_thw", "image_sizes"))
+        grid: tuple[int, ...] | None = None
+        if grids is not None:
+            grid = tuple(grids[0].tolist())
+        elif pixels is not None and (squares := prod(pixels.shape[:-3])) > 1:
+            grid = (squares, 1, max(1, tokens // squares))
+        height_width = None if sizes is None else (int(sizes[0][0]), int(sizes[0][1]))
+        return Footprint(text, tokens, grid, height_width)
 
 
 def _require(processor: Any) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -58,8 +59,10 @@ def stage_model(graph: ModelGraph, name: str, blocks: range, wire: Wire) -> PreT
         absent(path, lambda *_, **__: wire.received[0].detach())
     for path in parts.added:
         absent(path, lambda *_, **__: wire.received[0].new_zeros(()))
+    for path in parts.shaped:
+        absent(path, _shape_of(graph.model.get_submodule(path)))
     for number, path in enumerate(parts.blocks):
-        absent(path, _end if number >= blocks.stop else lambda *_, **__: wire.received[0])
+        absent(path, _end if number >= blocks.stop else (lambda *_, **__: wire.received if parts.tupled else wire.received[0]))
     for number, path in enumerate(parts.taps):
         absent(path, lambda *_, number=number, **__: wire.received[1 + number])
         if path not in replaced:
@@ -73,11 +76,22 @@ def _end(hidden: Tensor, *_: Any, **__: Any) -> None:
     raise Cut(hidden)
 
 
+def _shape_of(module: nn.Module) -> Callable[..., Tensor]:
+    """Zeros of the shape that a module's output would have."""
+    shapes = copy.deepcopy(module).to("meta")
+    dtype = next(shapes.parameters()).dtype
+    return lambda given, *_, **__: given.new_zeros(shapes(given.to(device="meta", dtype=dtype)).shape)
+
+
 def _stand_in(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     """A module of the same class, so that transformers counts its hidden states as before, without parameters."""
     found = _shallow(module)
     found._modules = {}
     found._parameters, found._buffers = dict.fromkeys(module._parameters), dict.fromkeys(module._buffers)
+    if (weight := module._parameters.get("weight")) is not None:
+        # Some models ask for its dtype, or add it themselves.
+        del found._parameters["weight"]
+        found.weight = torch.zeros((), dtype=weight.dtype)
     found.forward = forward  # type: ignore[method-assign]
     return found
 

@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig
 from meshweave.batch import MediaMeta
 from meshweave.model.cut import Cut, Wire, stage_model
 from meshweave.model.families import CUTS
+from meshweave.model.families.plan import CutPlan
 from meshweave.model.getters import getter_of
-from meshweave.model.modules import ENCODERS, ModelGraph, media_widths, module_config, side_of
+from meshweave.model.modules import ENCODERS, VISION, ModelGraph, media_widths, module_config, side_of
 
 
 class EncoderStage(nn.Module):
@@ -29,7 +30,7 @@ class EncoderStage(nn.Module):
         for child in graph.children[name]:
             self.add_module(child.rpartition(".")[2], model.get_submodule(child))
         # In a tuple, so that it is not registered as a child: FSDP shall see this module's parameters only.
-        self._kind = ENCODERS[name]
+        self._name, self._kind = name, ENCODERS[name]
         self._base: tuple[Any, ...] = (model.base_model,)
         self._loose = [path.rpartition(".")[2] for path in graph.loose.get(name, ())] if self.last else []
         for key in self._loose:
@@ -50,8 +51,8 @@ class EncoderStage(nn.Module):
         self._wire.received = tuple(received)
         if not self.first:
             # Only looked at in passing, by what runs before the blocks; some count its dims.
-            looked_at = received[0].detach()
-            inputs = {**inputs, self._kind.given[0]: looked_at[(..., *[None] * (4 - looked_at.ndim))]}
+            looked_at, media = received[0].detach(), self._kind.given[0]
+            inputs = {media: looked_at[(..., *[None] * (4 - looked_at.ndim))], **inputs}
         base = self._base[0]
         for key in self._loose:
             # FSDP shards and gathers this module's parameters only.
@@ -66,15 +67,29 @@ class EncoderStage(nn.Module):
         return tuple(_joined(tensors) for tensors in (output.pooler_output, *features))
 
     def sizes(self, items: Sequence[MediaMeta], device: torch.device) -> dict[str, Tensor]:
-        """What a later stage is given in place of the media: their sizes, `[items, 3]` in patches or `[items, 2]` in pixels."""
+        """What a later stage is given in place of the media: their sizes, `[items, 3]` in patches or `[items, 2]` in pixels, a
+        mask of frames, and blank media where their shape matters."""
+        config = self._base[0].config
         wanted = inspect.signature(self._getter()).parameters
         sizes: dict[str, list[tuple[int, ...] | None]] = {
             "image_grid_thw": [item.grid for item in items],
             "image_sizes": [item.size for item in items],
         }
-        return {
+        found = {
             name: torch.tensor(values, device=device) for name, values in sizes.items() if name in wanted and None not in values
         }
+        part = module_config(config, self._name)
+        if not CUTS[part.model_type].shaped:
+            return found
+        dtype = self._base[0].dtype
+        if self._name == VISION:
+            height, width = found["image_sizes"].amax(dim=0).tolist()
+            blank = torch.zeros(len(items), part.num_channels, height, width, dtype=dtype, device=device)
+            return found | {self._kind.given[0]: blank}
+        lengths = torch.tensor([item.grid for item in items], device=device)
+        longest = 2 * part.max_source_positions if CUTS[part.model_type].hidden == "sounds" else int(lengths.max())
+        blank = torch.zeros(len(items), part.num_mel_bins, longest, dtype=dtype, device=device)
+        return {self._kind.given[0]: blank, "feature_attention_mask": (torch.arange(longest, device=device) < lengths).long()}
 
     def _getter(self) -> Callable[..., Any]:
         found = getter_of(self._base[0], self._kind.getter)
@@ -84,9 +99,9 @@ class EncoderStage(nn.Module):
 
 def _joined(tokens: Tensor | Sequence[Tensor]) -> Tensor:
     """`[tokens, hidden]` of all items, which getters return in a list, in one tensor each, or in one tensor."""
-    if isinstance(tokens, Tensor):
-        return tokens.flatten(0, -2)
-    return torch.cat([item.flatten(0, -2) for item in tokens])
+    if isinstance(tokens, Tensor) and tokens.ndim == 2:
+        return tokens
+    return torch.cat([_joined(item) for item in tokens])
 
 
 def received_shapes(
@@ -94,19 +109,32 @@ def received_shapes(
 ) -> tuple[tuple[int, ...], ...]:
     """Shapes of what the encoder stage of `blocks` receives from the one before it, for a pass over `items`.
 
-    The hidden state is `[patches of all items, width]` or `[squares of all items, positions, width]`, as the family has it; each
-    deepstack feature is `[media tokens, hidden]`.
+    The hidden state has the shape that the family's `CutPlan` says; each deepstack feature is `[media tokens, hidden]`.
     """
     if blocks.start == 0:
         return ()
     vision = module_config(config, encoder)
     plan = CUTS[vision.model_type]
-    if plan.extra_positions is None:
-        hidden: tuple[int, ...] = (sum(prod(item.grid or ()) for item in items), vision.hidden_size)
-    else:
-        positions = (side_of(vision.image_size) // side_of(vision.patch_size)) ** 2 + plan.extra_positions
-        hidden = (sum(item.grid[0] if item.grid else 1 for item in items), positions, vision.hidden_size)
+    hidden = (*_positions(plan, vision, items), vision.hidden_size)
     tapped = getattr(vision, plan.tapped) if plan.tapped else ()
     tokens = sum(item.tokens for item in items)
     widths = media_widths(config)[encoder][1:]
     return (hidden, *((tokens, width) for width, number in zip(widths, sorted(tapped), strict=True) if number < blocks.start))
+
+
+def _positions(plan: CutPlan, config: Any, items: Sequence[MediaMeta]) -> tuple[int, ...]:
+    """Shape of an encoder's hidden state, but for its width."""
+    match plan.hidden:
+        case "squares":
+            positions = (side_of(config.image_size) // side_of(config.patch_size)) ** 2 + plan.extra_positions
+            return sum(item.grid[0] if item.grid else 1 for item in items), positions
+        case "sequence":
+            return 1, sum(prod(side // config.patch_size for side in item.size or ()) for item in items)
+        case "sounds":
+            return len(items), config.max_source_positions
+        case "frames":
+            return (sum((item.grid[0] + 1) // 2 for item in items if item.grid),)
+        case "tokens":
+            return (sum(item.tokens for item in items),)
+        case _:
+            return (sum(prod(item.grid or ()) for item in items),)

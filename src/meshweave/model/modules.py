@@ -66,6 +66,10 @@ KINDS = {
 """Kind to its names; in `mm_encoder_outputs` each is called what it is called here."""
 
 
+TYPED = ("gemma3",)
+"""`model_type`s whose `token_type_ids` tell tokens of media from text; PaliGemma's, for one, tell a question from its answer."""
+
+
 def kinds_of(encoder: str) -> tuple[str, ...]:
     """What an encoder takes."""
     return tuple(kind for kind, names in KINDS.items() if names.module == encoder)
@@ -114,6 +118,8 @@ def graph_of(model: PreTrainedModel) -> ModelGraph:
         )
     if VISION in encoders and "mm_encoder_outputs" not in inspect.signature(type(base).forward).parameters:
         raise LayoutError(f"{where}: its forward does not accept encoder outputs computed elsewhere (`mm_encoder_outputs`)")
+    if "token_type_ids" in inspect.signature(type(base).forward).parameters and base.config.model_type not in TYPED:
+        raise LayoutError(f"{where}: its forward wants `token_type_ids`, whose meaning is known for {', '.join(TYPED)} only")
     for name, getter in encoders.items():
         given = ("self", *ENCODERS[name].given)
         needed = inspect.signature(getter).parameters.values()

@@ -53,7 +53,7 @@ def stage_costs(graph: ModelGraph, name: str, parts: Parts) -> StageCosts:
     blocks = [cost([path]) for path in parts.blocks]
     for path, number in parts.taps.items():
         blocks[number] += cost([path]) / merged
-    return StageCosts(tuple(blocks), cost([*parts.before, *parts.added]), cost(parts.after) / merged)
+    return StageCosts(tuple(blocks), cost([*parts.before, *parts.added, *parts.shaped]), cost(parts.after) / merged)
 
 
 def cut_blocks(

@@ -1,8 +1,7 @@
 """What does this rank hold? Builds its part of every module it belongs to."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,6 @@ from meshweave.layout import Layout, Placement
 from meshweave.model.blueprint import STORED, blueprint_of
 from meshweave.model.encoder import EncoderStage
 from meshweave.model.experts import expert_layers, lane_dim
-from meshweave.model.families import patch_plan, tensor_plans
 from meshweave.model.frozen import frozen_names
 from meshweave.model.language import LanguageStage
 from meshweave.model.modules import ModelGraph, first_names, graph_of
@@ -22,13 +20,11 @@ from meshweave.model.routing import Routing, routing_of
 from meshweave.model.slicing import LanePart, sequence_rule
 from meshweave.model.stages import stage_cuts
 from meshweave.model.weights import fill_pretrained, fill_seeded, materialise
-from meshweave.parallel.context import IMPLEMENTATION, ContextGroups, context_groups
-from meshweave.parallel.context.patches import PATCH_IMPLEMENTATION, share_patches
+from meshweave.parallel.context import ContextGroups
 from meshweave.parallel.data import ExpertLayers, data_parallel
-from meshweave.parallel.expert import expert_parallel
+from meshweave.parallel.lane import build_context, lane_part
 from meshweave.parallel.mesh import axis_mesh
-from meshweave.parallel.tensor import replicated_names, sequence_parallel, tensor_parallel
-from meshweave.sequence.grid import SequenceRule
+from meshweave.parallel.split import attend_to_sequences, split_module
 
 
 @dataclass(frozen=True)
@@ -83,12 +79,10 @@ def build_model(
     graph = graph_of(blueprint_of(model_config, stored))
     blueprint = blueprint_of(model_config, stored)
     cuts = stage_cuts(run, graph)
+    context = {name: build_context(run, model_config, name, placement, rank) for name, placement in placements.items()}
+    part = lane_part(sequence_rule(run, model_config), placements[LANGUAGE], meshes[LANGUAGE], context[LANGUAGE], rank)
+    attend_to_sequences(graph, part)
     modules = {}
-    context = {name: _context(run, model_config, name, placement, rank) for name, placement in placements.items()}
-    part = _lane_part(sequence_rule(run, model_config), placements[LANGUAGE], meshes[LANGUAGE], context[LANGUAGE], rank)
-    if part.rule.packed:
-        text: Any = graph.model.base_model.language_model
-        text.set_attn_implementation(IMPLEMENTATION)
     for name, placement in placements.items():
         coordinate = placement.coordinate(rank)
         if coordinate is None:
@@ -96,43 +90,19 @@ def build_model(
         cut, pp = cuts[name], placement.layout.pp
         # Before anything else is done to the sub-modules: stand-ins take after what they replace.
         stages = {number: _stage(graph, name, cut[number], part) for number in range(coordinate["pp"], len(cut), pp)}
-        tp, dp = axis_mesh(meshes[name], "tp"), axis_mesh(meshes[name], "dp")
-        partial: list[str] = []
-        if tp is not None:
-            for child, plan in tensor_plans(graph, name).items():
-                if name == LANGUAGE and part.rule.tp > 1:
-                    sequence_parallel(graph.model.get_submodule(child), tp, plan)
-                    continue
-                partial += [f"{child}.{key}" for key in tensor_parallel(graph.model.get_submodule(child), tp, plan)]
-        layers = expert_layers(graph, name) if placement.layout.ep * placement.layout.etp > 1 else {}
-        edp = axis_mesh((expert_meshes or {})[name], "edp") if layers else None
-        dims = _expert_dims(layers, placement.layout, run.modules[name].data_parallel)
-        for layer in layers.values():
-            expert_parallel(layer, (expert_meshes or {})[name])
+        expert_mesh = (expert_meshes or {}).get(name)
+        partial = split_module(graph, name, part, meshes[name], expert_mesh, context[name])
         named = graph.parameters(name)
         for key in frozen_names(run.modules[name], named):
             named[key].requires_grad_(False)
-        compute = torch.bfloat16 if run.dtype == "bfloat16" else None
-        blocks = graph.blocks(name)
-        assert dp is not None
-        if name != LANGUAGE and placement.layout.cp > 1:
-            _share_patches(graph, name, context[name])
-        for number, stage in stages.items():
-            if dp.size() > 1 or compute is not None or (edp is not None and edp.size() > 1):
-                its = [blocks[index] for index in cut[number]]
-                experts = None
-                if edp is not None:
-                    inside = {id(part) for part in stage.modules()}
-                    experts = ExpertLayers([layer for layer in layers.values() if id(layer) in inside], edp, dims)
-                data_parallel(stage, its, dp, run.modules[name].data_parallel, compute, experts)
+        _keep(run, graph, name, placement.layout, stages, cut, meshes[name], expert_mesh)
+        for stage in stages.values():
             materialise(stage, device)
         parameters, buffers = _held(graph, name, stages, first_names(blueprint))
         if run.weights == "seeded":
             fill_seeded({**parameters, **buffers}, blueprint, run.seed)
         else:
             fill_pretrained({**parameters, **buffers}, blueprint, run.model)
-        if name == LANGUAGE and part.rule.tp > 1:
-            partial += replicated_names(parameters)
         tied = _tied(blueprint, parameters) if pp > 1 else frozenset()
         modules[name] = LocalModule(
             name,
@@ -145,46 +115,39 @@ def build_model(
     return LocalModel(graph, modules, cuts, part, context[LANGUAGE], routing_of(run, graph))
 
 
+def _keep(
+    run: RunConfig,
+    graph: ModelGraph,
+    name: str,
+    layout: Layout,
+    stages: Mapping[int, nn.Module],
+    cut: Sequence[range],
+    mesh: DeviceMesh,
+    expert_mesh: DeviceMesh | None,
+) -> None:
+    """Has FSDP keep the stages over `dp`, and split experts over `edp`, where there is anything to do."""
+    compute = torch.bfloat16 if run.dtype == "bfloat16" else None
+    kind, blocks, dp = run.modules[name].data_parallel, graph.blocks(name), axis_mesh(mesh, "dp")
+    layers = expert_layers(graph, name) if expert_mesh is not None else {}
+    edp = axis_mesh(expert_mesh, "edp") if expert_mesh is not None else None
+    assert dp is not None
+    if dp.size() == 1 and compute is None and (edp is None or edp.size() == 1):
+        return
+    dims = _expert_dims(layers, layout, kind)
+    for number, stage in stages.items():
+        experts = None
+        if edp is not None:
+            inside = {id(module) for module in stage.modules()}
+            experts = ExpertLayers([layer for layer in layers.values() if id(layer) in inside], edp, dims)
+        data_parallel(stage, [blocks[index] for index in cut[number]], dp, kind, compute, experts)
+
+
 def _expert_dims(layers: Mapping[str, nn.Module], layout: Layout, kind: str) -> dict[str, int]:
     """Weight of a module of experts to the dim that is cut over `edp`; all layers are alike."""
     if not layers or kind == "replicate":
         return {}
     weights = next(iter(layers.values())).named_parameters()
     return {key: lane_dim(key, tuple(value.shape), layout) for key, value in weights}
-
-
-def _context(run: RunConfig, config: PreTrainedConfig, name: str, placement: Placement, rank: int) -> ContextGroups | None:
-    """With whom this rank attends in one module. Every rank of the world must call it: it makes process groups."""
-    layout = placement.layout
-    if layout.cp == 1:
-        return None
-    lanes = list(dict.fromkeys(placement.group(member, "cp") for member in placement.ranks))
-    if name != LANGUAGE:
-        return context_groups("ulysses", lanes, [layout.cp], rank)  # the heads are as many that each rank gets some
-    text = config.get_text_config()
-    heads = {getattr(text, key, None) for key in ("num_key_value_heads", "num_global_key_value_heads")}
-    each = [count // layout.tp for count in heads if count]
-    return context_groups(run.modules[name].context_parallel, lanes, each, rank)
-
-
-def _lane_part(rule: SequenceRule, placement: Placement, mesh: DeviceMesh, groups: ContextGroups | None, rank: int) -> LanePart:
-    coordinate = placement.coordinate(rank)
-    if coordinate is None:
-        return LanePart(rule)
-    u = min({**groups.ulysses, **groups.ring}) if groups is not None else 1
-    found = [group[u] for group in (groups.ulysses, groups.ring) if u in group] if groups is not None else []
-    tp = axis_mesh(mesh, "tp")
-    own = coordinate["tp"] if rule.tp > 1 else 0
-    return LanePart(rule, coordinate["cp"], own, tuple(found), tp.get_group() if tp is not None else None)
-
-
-def _share_patches(graph: ModelGraph, name: str, groups: ContextGroups | None) -> None:
-    assert groups is not None
-    child, plan = patch_plan(graph, name)
-    tower: Any = graph.model.get_submodule(child)
-    # Not by its setter, which would look for a library of the name.
-    tower.config._attn_implementation = PATCH_IMPLEMENTATION
-    share_patches(tower, plan, tower.config.spatial_merge_size**2, groups.ulysses[groups.cp])
 
 
 def _stage(graph: ModelGraph, name: str, blocks: range, part: LanePart) -> nn.Module:

@@ -11,7 +11,7 @@ from meshweave.boundary.ownership import Ownership, overlap
 from meshweave.boundary.transfer import TransferPlan
 from meshweave.config import LANGUAGE
 from meshweave.layout import Placement
-from meshweave.sequence.grid import UNCUT, SequenceRule
+from meshweave.sequence.grid import UNCUT, SequenceRule, lay_out
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,10 @@ def _traffic(
     rule: SequenceRule,
     node_size: int | None,
 ) -> BoundaryTraffic:
-    plans = [plan_crossing(part, encoder, placements, rule, node_size) for part in plan.microbatches]
+    plans = [
+        plan_crossing(part, encoder, placements, [lay_out(lane, rule) for lane in part.lanes], node_size)
+        for part in plan.microbatches
+    ]
     return BoundaryTraffic(
         encoder,
         samples=sum(len(lane) for part in plan.microbatches for lane in part.lanes),

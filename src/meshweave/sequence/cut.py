@@ -35,6 +35,8 @@ def cut_sequence(sequence: LaneSequence, cp: int, masks: Sequence[Mask]) -> tupl
     """
     if sequence.length % cp:
         raise LayoutError(f"a sequence of {sequence.length} positions cannot be cut for cp={cp}: pad it to a multiple")
+    if cp == 1:
+        return (np.array([[0, sequence.length]], dtype=np.int64),)
     share = sequence.length // cp
     cost = _cost_before(sequence, masks)
     best: tuple[float, Array, Array] | None = None

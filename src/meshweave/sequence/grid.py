@@ -27,11 +27,6 @@ class SequenceRule:
     two_way: str | None = None
     """The encoder whose media tokens see each other both ways in some layer, if there is one."""
 
-    @property
-    def cut(self) -> bool:
-        """Whether a rank holds less than all columns of its lane."""
-        return self.cp * self.tp > 1
-
 
 UNCUT = SequenceRule()
 """A sample a row, and every rank of a lane holds all of it."""
@@ -46,9 +41,16 @@ class LaneGrid:
     places: tuple[tuple[int, int, int], ...]
     """(row, first column, last column + 1) of each sample, in order; the rest is padding."""
     parts: tuple[Array, ...]
-    """`cp` rank to the columns that it holds, `[intervals, 2]`, ascending; as many for every rank, divisible by `tp`."""
+    """`cp` rank to the columns that it holds, `[intervals, 2]`, ascending; as many for every rank."""
+    slices: int = 1
+    """Ranks that each embed, and hold between blocks, a slice of such a part."""
     sequence: LaneSequence | None = None
     """What attention has to know of packed samples."""
+
+    @property
+    def cut(self) -> bool:
+        """Whether a rank holds less than all columns of its lane."""
+        return len(self.parts) * self.slices > 1
 
     @property
     def part_length(self) -> int:
@@ -78,7 +80,7 @@ def lay_out(samples: Sequence[SampleMeta], rule: SequenceRule) -> LaneGrid:
         for sample, (_, start, stop) in zip(samples, places, strict=True)
     )
     sequence = LaneSequence(length, documents)
-    return LaneGrid(1, length, places, cut_sequence(sequence, rule.cp, rule.masks), sequence)
+    return LaneGrid(1, length, places, cut_sequence(sequence, rule.cp, rule.masks), rule.tp, sequence)
 
 
 def _spans(sample: SampleMeta, start: int, encoder: str | None) -> tuple[tuple[int, int], ...]:

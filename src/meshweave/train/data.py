@@ -1,6 +1,6 @@
 """Which dataset does a run file name, and how does this rank load it?"""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from meshweave.layout import Placement
 from meshweave.model.flops import ModuleFlops
 from meshweave.schedule.schedule import Schedule
 from meshweave.sequence.cut import multiple_of
-from meshweave.sequence.grid import SequenceRule
+from meshweave.sequence.grid import LaneGrid, SequenceRule
 from meshweave.slots import Packing
 from meshweave.train.world import World
 
@@ -134,7 +134,7 @@ def build_loader(
         rule=rule,
         # Without gradients there is room, and a step that does not fit must not end a run that is done.
         packing=packing_of(run, flops) if training else Packing(run.packed),
-        crossing=partial(_crossing, world, rule),
+        crossing=partial(_crossing, world),
         rank=world.rank,
         world=world.size,
         group=world.data_group,
@@ -145,9 +145,9 @@ def build_loader(
     )
 
 
-def _crossing(world: World, rule: SequenceRule, plan: MicrobatchPlan, encoder: str) -> TransferPlan:
+def _crossing(world: World, plan: MicrobatchPlan, grids: Sequence[LaneGrid], encoder: str) -> TransferPlan:
     """With this rank's part of both ways worked out: in the loader's thread, which the step does not wait for."""
-    crossing = plan_crossing(plan, encoder, world.placements, rule, world.node_size)
+    crossing = plan_crossing(plan, encoder, world.placements, grids, world.node_size)
     for way in (crossing, crossing.transpose()):
         way.for_rank(world.rank)
     return crossing

@@ -176,7 +176,7 @@ class StepWorker:
             "hidden": inputs[0] if inputs else None,
             "labels": labels,
         }
-        if stage == 0 and (self.schedule.streams(LANGUAGE) or work.modules[LANGUAGE].together or self.model.part.rule.cut):
+        if stage == 0 and (self.schedule.streams(LANGUAGE) or work.modules[LANGUAGE].together or batch.grid.cut):
             # Lanes that gather parameters or use experts together, and ranks that share a sequence, must also go backward
             # together, those without media, too.
             wanted = [tokens[:0] for name, tokens in media.items() if tokens.requires_grad and plan.items[name]]

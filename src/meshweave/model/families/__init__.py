@@ -35,7 +35,15 @@ PLANS: dict[str, TensorPlan] = (
 """`model_type` of a sub-model to its tensor-parallel plan, where transformers has none."""
 
 CUTS: dict[str, CutPlan] = (
-    clip.CUTS | siglip.CUTS | internvl.CUTS | qwen2_5_vl.CUTS | qwen2_5_omni.CUTS | qwen3_vl.CUTS | qwen3_omni_moe.CUTS
+    clip.CUTS
+    | siglip.CUTS
+    | internvl.CUTS
+    | pixtral.CUTS
+    | qwen2_5_vl.CUTS
+    | qwen2_5_omni.CUTS
+    | qwen3_vl.CUTS
+    | qwen3_omni_moe.CUTS
+    | whisper.CUTS
 )
 """`model_type` of an encoder to where it may be cut into pipeline stages."""
 
@@ -111,7 +119,7 @@ def cut_plan(graph: ModelGraph, name: str) -> tuple[str, CutPlan]:
         if name == LANGUAGE and (reason := stages_apart(config)) is not None:
             raise LayoutError(f"modules.{name}: {reason}; set its pp to 1")
         there = {key for key, _ in module.named_modules()}
-        lacking = sorted({plan.blocks, *plan.before, *plan.added} - there)
+        lacking = sorted({plan.blocks, *plan.before, *plan.added, *plan.shaped} - there)
         if lacking:
             raise LayoutError(
                 f"modules.{name}: {child} has no {', '.join(lacking)}, where {config.model_type} models are cut into pipeline "

@@ -13,4 +13,8 @@ BLOCK_RULES = {
 
 PLANS = {"clip_vision_model": TensorPlan(rules=BLOCK_RULES)}
 
-CUTS = {"clip_vision_model": CutPlan(blocks="encoder.layers", before=("embeddings", "pre_layrnorm"), extra_positions=1)}
+CUTS = {
+    "clip_vision_model": CutPlan(
+        blocks="encoder.layers", before=("embeddings", "pre_layrnorm"), hidden="squares", extra_positions=1
+    )
+}

@@ -17,4 +17,4 @@ PLANS = {
     )
 }
 
-CUTS = {"internvl_vision": CutPlan(blocks="encoder.layer", before=("embeddings",), extra_positions=1)}
+CUTS = {"internvl_vision": CutPlan(blocks="encoder.layer", before=("embeddings",), hidden="squares", extra_positions=1)}

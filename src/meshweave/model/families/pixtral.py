@@ -1,6 +1,6 @@
 """Pixtral vision towers: Mistral's blocks."""
 
-from meshweave.model.families.plan import TensorPlan
+from meshweave.model.families.plan import CutPlan, TensorPlan
 
 PLANS = {
     "pixtral": TensorPlan(
@@ -15,4 +15,8 @@ PLANS = {
         },
         heads={"transformer.layers.*.attention": ("num_heads",)},
     )
+}
+
+CUTS = {
+    "pixtral": CutPlan(blocks="transformer.layers", before=("ln_pre",), shaped=("patch_conv",), hidden="sequence"),
 }

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
@@ -45,9 +46,16 @@ class CutPlan:
     """List of modules, each of which turns the output of one block into a further feature of every media token."""
     tapped: str | None = None
     """Key of the config that lists the number of the block of each tap."""
-    extra_positions: int | None = None
-    """Encoders with a hidden state `[items, positions, width]`: positions beside the patches; None where it is
-    `[patches of all items, width]`."""
+    tupled: bool = False
+    """Whether a block returns the hidden state as the first of a tuple."""
+    shaped: tuple[str, ...] = ()
+    """Modules before these, of whose output a later stage needs the shape alone."""
+    hidden: Literal["patches", "squares", "sequence", "sounds", "frames", "tokens"] = "patches"
+    """Of an encoder, the shape of its hidden state: `[patches of all items, width]`, `[squares of all items, positions, width]`,
+    `[1, patches of all items, width]`, `[sounds, positions, width]`, `[half of the frames of all sounds, width]` or
+    `[media tokens, width]`."""
+    extra_positions: int = 0
+    """Positions of a square beside its patches."""
 
 
 @dataclass(frozen=True)

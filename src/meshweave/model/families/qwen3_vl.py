@@ -44,6 +44,12 @@ CUTS = {
     "qwen3_5_moe_vision": _CUT,
 }
 
-_PATCHES = PatchPlan(blocks="blocks", merged=("merger", "deepstack_merger_list.*"))
+_PATCHES = PatchPlan(blocks="blocks", merged=("merger",))
+_DEEPSTACK_PATCHES = replace(_PATCHES, merged=("merger", "deepstack_merger_list.*"))
 
-PATCHES = {"qwen3_vl_vision": _PATCHES, "qwen3_vl_moe_vision": _PATCHES}
+PATCHES = {
+    "qwen3_vl_vision": _DEEPSTACK_PATCHES,
+    "qwen3_vl_moe_vision": _DEEPSTACK_PATCHES,
+    "qwen3_5_vision": _PATCHES,
+    "qwen3_5_moe_vision": _PATCHES,
+}

@@ -5,4 +5,4 @@ from meshweave.model.families.plan import CutPlan, TensorPlan
 
 PLANS = {"siglip_vision_model": TensorPlan(rules=BLOCK_RULES)}
 
-CUTS = {"siglip_vision_model": CutPlan(blocks="encoder.layers", before=("embeddings",), extra_positions=0)}
+CUTS = {"siglip_vision_model": CutPlan(blocks="encoder.layers", before=("embeddings",), hidden="squares")}
