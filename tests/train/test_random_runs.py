@@ -32,7 +32,7 @@ from meshweave.model.modules import ENCODERS, graph_of, has_encoder
 from meshweave.train.data import build_planner
 from meshweave.train.schedules import run_schedule
 
-COVERING = (74, 84, 96, 100, 130, 191, 196, 276)
+COVERING = (20, 34, 100, 114, 157, 178, 220, 250)
 """Together these have every axis of every module, placement, schedule and kind of sequence; none is refused."""
 STEPS = 2
 
@@ -48,12 +48,8 @@ WEIGHTS = {"llava": 4, "qwen3_vl": 4, "llava_moe": 3, "qwen3_vl_moe": 3, "two_to
 UNTIED = {"llava", "llava_siglip", "qwen3_vl", "qwen2_5_vl", "internvl", "llava_next"}
 CARRIES_A_STATE = {"qwen3_5"}
 """Sequences of these are neither cut nor packed."""
-SHARES_PATCHES = {"qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"}
-ONE_STAGE = {
-    "language": {"gemma4_e"},
-    "vision": {"mistral3", "gemma4", "gemma4_e"},
-    "audio": {"qwen2_audio", "qwen2_5_omni", "qwen3_omni_moe"},
-}
+SHARES_PATCHES = {"qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"}
+ONE_STAGE = {"language": {"gemma4_e"}, "vision": {"gemma4", "gemma4_e"}, "audio": set[str]()}
 FROZEN = ("embed_tokens", "layers.0.", "layers.1.", "blocks.0.", "projector", "merger", "lm_head", "norm", "experts", "mlp.gate.")
 
 
@@ -93,8 +89,9 @@ def draw_run(seed: int, folder: Path) -> tuple[RunConfig, PreTrainedConfig]:
         train["pack"] = True
         if random.random() < 0.5:
             data = dataset_of(config)(config, STEPS * train["batch_size"], seed)
-            longest = max(data.meta(number).tokens for number in range(len(data)))
-            train["max_tokens"] = int(longest * random.uniform(1.1, 3))
+            tokens = [data.meta(number).tokens for number in range(len(data))]
+            even = sum(tokens) / STEPS / microbatches / language["dp"]
+            train["max_tokens"] = int(max(*tokens, 1.3 * even) * random.uniform(1.1, 2))
     pretrained = random.random() < 0.15
     write_model_folder(config, folder, weights=pretrained)
     used = {rank for its in modules.values() for rank in ranks_of(its)}
