@@ -1,4 +1,4 @@
-"""Ranks that share the patches of a pass all get all of its tokens, however few each has."""
+"""Ranks that share the patches of a pass all get all of its tokens, however few there are."""
 
 import pytest
 import torch
@@ -11,20 +11,21 @@ from meshweave.parallel.context.patches import _Gather, share_out
 UNIT = 4
 
 
-def gather(rank: int, tokens: int) -> tuple[Tensor, Tensor]:
-    every = torch.arange(3.0 * tokens).view(tokens, 3)
+def gather(rank: int, tokens: int) -> tuple[int, Tensor, Tensor]:
+    """Patches of a rank, what it gathers of one number a patch, and the gradients that come back to all patches."""
+    every = torch.arange(float(UNIT * tokens)).view(-1, 1).requires_grad_()
     shares = share_out(UNIT * tokens, UNIT, dist.group.WORLD)
-    first = sum(shares.counts[:rank]) // UNIT
-    own = every[first : first + shares.counts[rank] // UNIT].clone().requires_grad_()
-    gathered = _Gather.apply(own, shares, UNIT)
-    gathered.backward(every)
-    assert own.grad is not None
-    return gathered.detach(), own.grad
+    own = shares.part(every)
+    gathered = _Gather.apply(own.view(-1, UNIT), shares, UNIT)[:tokens]
+    gathered.backward(gathered.detach())
+    assert every.grad is not None
+    return len(own), gathered.detach(), every.grad
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5])
-def test_tokens_are_gathered_from_ranks_that_have_none_one_or_several(tokens: int) -> None:
-    every = torch.arange(3.0 * tokens).view(tokens, 3)
+def test_tokens_are_gathered_from_ranks_that_have_one_or_several_or_padding(tokens: int) -> None:
     results = run_ranks(2, gather, tokens)
-    assert all(torch.equal(gathered, every) for gathered, _ in results)
-    assert torch.equal(torch.cat([gradient for _, gradient in results]), every)
+    every = torch.arange(float(UNIT * tokens))
+    assert all(torch.equal(gathered.flatten(), every) for _, gathered, _ in results)
+    assert torch.equal(sum(gradient for *_, gradient in results).flatten(), every)
+    assert all(patches for patches, *_ in results)

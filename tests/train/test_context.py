@@ -98,11 +98,11 @@ CASES = {
         "qwen3_vl", module("0-3", dp=4), module("0-3", tp=2, cp=2, sequence_parallel=False)
     ),
     # Ranks whose slices have no media must go backward with those whose have some.
-    "only the encoder trains: cp2": Case(
-        "qwen3_vl", module("0-1", dp=2), module("0-1", cp=2, frozen=True), {"batch_size": 6, "microbatches": 6}
+    "only the encoder trains: cp2 pp2": Case(
+        "qwen3_vl", module("0-1", dp=2), module("0-3", cp=2, pp=2, frozen=True), {"microbatches": 10}, layers=3
     ),
-    "only the encoder trains: tp2": Case(
-        "qwen3_vl", module("0-1", dp=2), module("0-1", tp=2, frozen=True), {"batch_size": 6, "microbatches": 6}
+    "only the encoder trains: tp2 pp2": Case(
+        "qwen3_vl", module("0-1", dp=2), module("0-3", tp=2, pp=2, frozen=True), {"microbatches": 10}, layers=3
     ),
     "experts: ep2 etp2, tp2 cp2": Case("llava_moe", module("0-3", dp=4), module("0-3", cp=2, tp=2, ep=2, etp=2), layers=3),
     "experts: etp2, cp2": Case("llava_moe", module("0-1", dp=2), module("0-1", cp=2, etp=2), AUX, layers=3),

@@ -114,7 +114,7 @@ def test_a_loss_counted_twice_over_tp_is_found(found: Any, monkeypatch: pytest.M
 
 
 def test_a_missing_sum_over_tp_at_the_norms_of_a_cut_sequence_is_found(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshweave.parallel.build.replicated_names", lambda parameters: ())
+    monkeypatch.setattr("meshweave.parallel.split.replicated_names", lambda parameters: ())
     report = found(*TP2, {})
     assert "norm" in report.gradient.name
     assert report.loss.error < report.tolerance

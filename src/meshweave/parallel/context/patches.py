@@ -28,7 +28,9 @@ class Shares:
 
     group: dist.ProcessGroup
     counts: tuple[int, ...]
-    """Patches of each rank of the group, one run after another."""
+    """Patches of each rank of the group, one run after another, padding included."""
+    padding: int = 0
+    """Patches at the end that are none: no model's blocks work on nothing, so every rank has some."""
 
     @property
     def own(self) -> slice:
@@ -37,11 +39,19 @@ class Shares:
         first = sum(self.counts[:rank])
         return slice(first, first + self.counts[rank])
 
+    def part(self, patches: Tensor) -> Tensor:
+        """Of `[patches, …]` of all items those of this rank."""
+        if self.padding:
+            patches = torch.cat([patches, patches[:1].expand(self.padding, *patches.shape[1:])])
+        return patches[self.own]
+
 
 def share_out(patches: int, unit: int, group: dist.ProcessGroup) -> Shares:
     """As even shares as can be, of whole units: patches that become one media token."""
-    each, more = divmod(patches // unit, dist.get_world_size(group))
-    return Shares(group, tuple(unit * (each + (rank < more)) for rank in range(dist.get_world_size(group))))
+    ranks = dist.get_world_size(group)
+    units = max(ranks, patches // unit)
+    each, more = divmod(units, ranks)
+    return Shares(group, tuple(unit * (each + (rank < more)) for rank in range(ranks)), unit * units - patches)
 
 
 def share_patches(tower: nn.Module, plan: PatchPlan, unit: int, group: dist.ProcessGroup) -> None:
@@ -54,14 +64,15 @@ def share_patches(tower: nn.Module, plan: PatchPlan, unit: int, group: dist.Proc
         hidden = args[0]
         if block is blocks[0]:
             under_way[:] = [share_out(len(hidden), unit, group)]
-            hidden = hidden[under_way[0].own]
+            hidden = under_way[0].part(hidden)
         shares = under_way[0]
-        own = {"position_embeddings": tuple(each[shares.own] for each in angles), "shares": shares}
+        own = {"position_embeddings": tuple(shares.part(each) for each in angles), "shares": shares}
         return (hidden, *args[1:]), kwargs | own
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        gathered: Tensor = _Gather.apply(output, under_way[0], unit)
-        return gathered
+        shares = under_way[0]
+        gathered: Tensor = _Gather.apply(output, shares, unit)
+        return gathered[: len(gathered) - shares.padding // unit]
 
     for block in blocks:
         block.register_forward_pre_hook(enter, with_kwargs=True)
@@ -91,11 +102,12 @@ def patch_attention(
 
     Returns `[1, own patches, heads, dim]` and no weights.
     """
-    lengths = cu_seq_lens_q.diff().tolist()
+    lengths = [*cu_seq_lens_q.diff().tolist(), shares.padding]
     parts = [_to_heads(x[0], shares).split(lengths, dim=1) for x in (query, key, value)]
     outputs = [
         functional.scaled_dot_product_attention(q[None], k[None], v[None], dropout_p=dropout, scale=scaling)[0]
         for q, k, v in zip(*parts, strict=True)
+        if q.shape[1]
     ]
     return _to_rows(torch.cat(outputs, dim=1), shares).transpose(0, 1)[None], None
 
