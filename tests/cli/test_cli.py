@@ -120,7 +120,7 @@ def test_verify_past_the_tolerance_exits_non_zero(tmp_path: Path, monkeypatch: p
         ("data={source: llava_json, path: /nowhere.json}", "'/nowhere.json' does not exist"),
         ("data.sorce=digits", "did you mean source?"),
         ("nonsense", "expected KEY=VALUE"),
-        ("train={steps: 1, batch_size: 6, max_tokens: 9}", "train: max_tokens=9: only packed sequences have a token budget"),
+        ("train={steps: 1, batch_size: 6, max_tokens: 9}", "train.max_tokens=9: only packed sequences have a token budget"),
         ("train={steps: 1, batch_size: 6, pack: true, max_tokens: 200}", "train.max_tokens=200: a step of"),
         ("data.path=/tmp", "path: source synthetic does not read this"),
         ("train.warmup_steps=99", "warmup_steps=99 is more than steps=3"),

@@ -30,6 +30,7 @@ FORMS = {
     "encoder tp": Form(("colocated", "encoder tp"), module("0-1", tp=2), module("0-1", dp=2)),
     "encoder tp, cp": Form(("colocated", "encoder tp", "cp"), module("0-1", tp=2), module("0-1", cp=2)),
     "encoder cp": Form(("apart", "encoder cp"), module("0-1", cp=2), module("2")),
+    "encoder pp, pp": Form(("apart", "encoder pp", "pp"), module("0-1", pp=2), module("2-3", pp=2)),
     "encoder pp": Form(("apart", "encoder pp"), module("0-1", pp=2), module("2")),
     "ep": Form(("colocated", "ep"), module("0-1", dp=2), module("0-1", dp=2, ep=2)),
     "apart": Form(("apart",), module("0"), module("1")),
@@ -64,8 +65,12 @@ def cases() -> list[tuple[str, str]]:
 
 
 def _is_run(family: str, form: str) -> bool:
-    if form == "apart":  # follows from an encoder in a pipeline of its own, where there is one
+    if form in ("apart", "pp"):  # follow from an encoder in a pipeline of its own, where there is one
         return (family, "encoder pp") in REFUSED
+    if form == "encoder pp, pp":
+        return (family, "encoder pp") not in REFUSED
+    if form == "encoder pp":
+        return False
     if form == "encoder tp":
         return (family, "encoder tp, cp") in REFUSED
     if form == "encoder cp":

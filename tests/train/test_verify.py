@@ -59,7 +59,7 @@ def test_a_layout_pair_equals_the_single_process_in_float64(family: str, pair: s
     assert report.parameters > 80
 
 
-@pytest.mark.parametrize(("number", "pair"), enumerate(list(PAIRS)[:12]), ids=list(PAIRS)[:12])
+@pytest.mark.parametrize(("number", "pair"), enumerate(list(PAIRS)[1:12:2]), ids=list(PAIRS)[1:12:2])
 def test_a_layout_pair_equals_the_single_process_in_float32(number: int, pair: str, tmp_path: Path) -> None:
     vision, language = PAIRS[pair]
     folder = write_model_folder(CONFIGS[("llava", "qwen3_vl")[number % 2]](), tmp_path)
