@@ -173,6 +173,10 @@ def verify_command(
 def _plan(run: RunConfig, config: "PreTrainedConfig", dataset: "Dataset") -> None:
     """Plans the run's schedule, and its first step where that has to fit a budget, for what is wrong with them; in a world that a
     launcher made, its ranks do, later."""
+    from meshweave.config import LANGUAGE
+    from meshweave.model.blueprint import STORED, blueprint_of
+    from meshweave.model.flops import count_flops
+    from meshweave.model.modules import graph_of
     from meshweave.train.data import build_planner
     from meshweave.train.schedules import run_schedule
 
@@ -180,7 +184,8 @@ def _plan(run: RunConfig, config: "PreTrainedConfig", dataset: "Dataset") -> Non
         where = placements(run)
         schedule = run_schedule(run, config, where, dataset)
         if run.train.max_tokens is not None:
-            build_planner(run, dataset, where, schedule).plan(0)
+            flops = count_flops(graph_of(blueprint_of(config, STORED[run.dtype])), LANGUAGE)
+            build_planner(run, dataset, where, schedule, flops).plan(0)
 
 
 def _run(work: Callable[[], None]) -> None:

@@ -187,8 +187,8 @@ class TrainConfig(_Strict):
     """Lay the samples of a lane's microbatch one behind the other in one sequence, each attending within itself, instead of in
     rows padded to the longest; sequences that are cut over `cp` or `tp` always are."""
     max_tokens: PositiveInt | None = None
-    """Packed: tokens that a lane's sequence of one microbatch may hold. A step that does not fit is refused; a sample that alone
-    is longer counts as unreadable (`data.on_error`). Left out, sequences are as long as they come, but even."""
+    """Packed, in training: tokens that a lane's sequence of one microbatch may hold. A step that does not fit is refused; a
+    sample that alone is longer counts as unreadable (`data.on_error`). Left out, sequences are as long as they come, but even."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0

@@ -11,12 +11,13 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3Config,
     Qwen3MoeConfig,
     Qwen3VLTextConfig,
 )
 
 from meshweave.errors import LayoutError
-from meshweave.model.masks import masks_of
+from meshweave.model.masks import kv_head_counts, masks_of
 from meshweave.sequence import Mask
 
 
@@ -58,3 +59,11 @@ def test_each_layer_has_the_mask_of_its_family(config: PreTrainedConfig, masks: 
 def test_attention_that_is_not_built_is_refused_by_name(family: str, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         masks_of(AutoConfig.for_model(family, **keys))
+
+
+def test_layers_may_have_different_numbers_of_key_value_heads() -> None:
+    gemma = Gemma4TextConfig(
+        num_attention_heads=4, num_key_value_heads=2, num_global_key_value_heads=1, num_hidden_layers=6, attention_k_eq_v=True
+    )
+    assert kv_head_counts(gemma) == (1, 2)
+    assert kv_head_counts(Qwen3Config(num_attention_heads=8, num_key_value_heads=4)) == (4,)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.models import CONFIGS, with_layers, write_model_folder
-from support.runs import STEPS, TextOnly, module, run_of, verified
+from support.runs import TextOnly, module, run_of, verified
 from torch import Tensor
 
 from meshweave.data.synthetic import SyntheticDataset
@@ -17,6 +17,9 @@ from meshweave.train.verify import VerifyReport
 NESTED = {"encoders": "nested"}
 ZERO_BUBBLE = {"language": "zero_bubble"}
 INTERLEAVED = {"language": "interleaved"}
+
+
+STEPS = 2
 
 
 @dataclass(frozen=True)

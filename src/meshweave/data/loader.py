@@ -269,7 +269,9 @@ class Loader:
             if text is None:
                 continue  # all ranks will drop the sample and plan again
             if len(text[0]) != stop - start:
-                raise DataError(f"sample {sample.sample}: {len(text[0])} tokens, but its metadata counts {stop - start}")
+                why = f"its text has {len(text[0])} tokens, but its metadata counts {stop - start}"
+                reader.failed.setdefault(sample.sample, why)
+                continue
             input_ids[row, start:stop], labels[row, start:stop] = text
             labels[row, start] = IGNORE  # the sample before it shall not predict it
         return LanguageBatch(input_ids, labels, grid)

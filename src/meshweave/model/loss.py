@@ -77,22 +77,20 @@ class _SplitVocabulary(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         probabilities, targets = ctx.saved_tensors
-        rows, words = _here(targets, probabilities.shape[1], ctx.part)
+        word, here = _here(targets, probabilities.shape[1], ctx.part)
         found = probabilities * (targets != IGNORE)[:, None]
-        found[rows, words] -= 1
+        found.scatter_add_(1, word[:, None], -here[:, None].to(found.dtype))
         return found.mul_(gradient), None, None
 
 
 def _of_targets(logits: Tensor, targets: Tensor, part: Words | None) -> Tensor:
     """[tokens] the logit of each target; 0 where another rank has it, or where there is none."""
-    found = logits.new_zeros(len(logits))
-    rows, words = _here(targets, logits.shape[1], part)
-    found[rows] = logits[rows, words]
-    return found
+    word, here = _here(targets, logits.shape[1], part)
+    return logits.gather(1, word[:, None])[:, 0] * here
 
 
 def _here(targets: Tensor, words: int, part: Words | None) -> tuple[Tensor, Tensor]:
-    """Tokens whose target is among this rank's words, and which of these it is."""
+    """[tokens] which of this rank's words each target is, and whether it is one of them."""
     local = targets - (part.first if part is not None else 0)
-    (rows,) = torch.where((targets != IGNORE) & (local >= 0) & (local < words))
-    return rows, local[rows]
+    here = (targets != IGNORE) & (local >= 0) & (local < words)
+    return local.clamp(0, words - 1), here

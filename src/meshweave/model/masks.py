@@ -18,6 +18,12 @@ _UNSUPPORTED = {
 }
 
 
+def kv_head_counts(config: PreTrainedConfig) -> tuple[int, ...]:
+    """The numbers of key-value heads that layers of the text model with this config have, ascending; Gemma 4's may differ."""
+    layers = [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
+    return tuple(sorted({getattr(its, "num_key_value_heads", None) or its.num_attention_heads for its in (config, *layers)}))
+
+
 def masks_of(config: PreTrainedConfig) -> tuple[Mask, ...]:
     """One mask per layer of the text model with this config (`config.get_text_config()` of a multimodal model's).
 

@@ -47,6 +47,8 @@ def _language_faults(run: RunConfig, graph: ModelGraph) -> list[str]:
     faults = []
     if module.replicas > 1:
         faults.append(f"modules.language.replicas={module.replicas}: only encoders may repeat their work; set it to 1")
+    if module.context_parallel != "ring" and module.cp == 1:
+        faults.append(f"modules.language.context_parallel={module.context_parallel}: cp is 1, so nothing reads this; take it out")
     sliced = module.tp > 1 and module.sequence_parallel
     if not run.packed:
         return faults
@@ -79,7 +81,10 @@ def _encoder_faults(name: str, module: ModuleConfig, graph: ModelGraph) -> list[
     ]
     if module.cp == 1:
         return faults
-    child, _ = patch_plan(graph, name)
+    try:
+        child, _ = patch_plan(graph, name)
+    except LayoutError as error:
+        return [*faults, str(error)]
     tower: Any = graph.model.get_submodule(child)
     heads = tower.config.num_heads
     if module.pp > 1:

@@ -1,10 +1,13 @@
 """With whom does this rank share a lane's sequence, or the patches of a pass? Makes the process groups for it."""
 
+from datetime import timedelta
+
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig
 
 from meshweave.config import LANGUAGE, RunConfig
 from meshweave.layout import Placement
+from meshweave.model.masks import kv_head_counts
 from meshweave.model.slicing import LanePart
 from meshweave.parallel.context import ContextGroups, context_groups
 from meshweave.parallel.mesh import axis_mesh
@@ -20,11 +23,11 @@ def build_context(run: RunConfig, config: PreTrainedConfig, name: str, placement
     if layout.cp == 1:
         return None
     lanes = list(dict.fromkeys(placement.group(member, "cp") for member in placement.ranks))
+    timeout = timedelta(seconds=run.timeout_seconds)
     if name != LANGUAGE:
-        return context_groups("ulysses", lanes, [layout.cp], rank)  # the heads are as many that each rank gets some
-    text = config.get_text_config()
-    heads = {getattr(text, key, None) for key in ("num_key_value_heads", "num_global_key_value_heads")}
-    return context_groups(run.modules[name].context_parallel, lanes, [count // layout.tp for count in heads if count], rank)
+        return context_groups("ulysses", lanes, [layout.cp], rank, timeout)  # the heads are as many that each rank gets some
+    heads = [count // layout.tp for count in kv_head_counts(config.get_text_config())]
+    return context_groups(run.modules[name].context_parallel, lanes, heads, rank, timeout)
 
 
 def lane_part(rule: SequenceRule, placement: Placement, mesh: DeviceMesh, groups: ContextGroups | None, rank: int) -> LanePart:

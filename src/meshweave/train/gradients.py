@@ -12,16 +12,23 @@ from meshweave.layout import AXES, EXPERT_AXES, Placement
 from meshweave.parallel.build import LocalModule
 from meshweave.parallel.mesh import axis_mesh
 
+_LARGE = 1 << 20
+"""Elements from which a gradient is summed where it lies: a copy of an embedding's would cost memory, and time for nothing."""
+
 
 def sum_partial_gradients(module: LocalModule, mesh: DeviceMesh) -> None:
-    """Sums, over `tp`, the gradients that cover only this rank's heads; one all-reduce per step."""
+    """Sums, over `tp`, the gradients that cover only this rank's heads or tokens; small ones in one all-reduce per step."""
     tp = axis_mesh(mesh, "tp")
     grads = local_gradients(module.parameters[name] for name in module.partial)
     if tp is None or not grads:
         return
-    flat = torch.cat([grad.flatten() for grad in grads])
+    small = [grad for grad in grads if grad.numel() < _LARGE or not grad.is_contiguous()]
+    for grad in grads:
+        if grad.numel() >= _LARGE and grad.is_contiguous():
+            dist.all_reduce(grad, group=tp.get_group())
+    flat = torch.cat([grad.flatten() for grad in small] or [grads[0].new_zeros(0)])
     dist.all_reduce(flat, group=tp.get_group())
-    for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+    for grad, total in zip(small, flat.split([grad.numel() for grad in small]), strict=False):
         grad.copy_(total.view_as(grad))
 
 

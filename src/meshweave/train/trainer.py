@@ -115,8 +115,9 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             progress.update(task, advance=1, shown=shown)
             if world.rank == 0 and not progress.console.is_terminal and (number + 1) % run.train.log_every == 0:
                 progress.console.print(f"step {number + 1:>6}/{run.train.steps}  {shown}")
-    evaluation = evaluate(world, run, config, model, held_out, travel) if held_out is not None else None
+    # Before the evaluation: whatever happens there, the model is written.
     export_model(world, model, config, run, run.output / "model")
+    evaluation = evaluate(world, run, config, model, held_out, travel) if held_out is not None else None
     if world.rank == 0:
         draw_loss_curve(records, run.output / "loss.png")
         if measured is not None:

@@ -16,8 +16,9 @@ from meshweave.data.dataset import Dataset
 from meshweave.data.loader import Loader, LocalStep
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import ConfigError
-from meshweave.model.blueprint import STORED
-from meshweave.model.modules import ENCODERS, has_encoder, media_widths, module_config
+from meshweave.model.blueprint import STORED, blueprint_of
+from meshweave.model.flops import count_flops
+from meshweave.model.modules import ENCODERS, graph_of, has_encoder, media_widths, module_config
 from meshweave.parallel.build import build_model
 from meshweave.train.collect import gather_led, whole_values
 from meshweave.train.data import build_datasets, build_loader
@@ -95,7 +96,8 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
         dataset, _ = build_datasets(run, config)
     model = build_model(run, config, world.placements, world.meshes, world.rank, world.device, world.expert_meshes)
     schedule = agreed_schedule(world, run, config, dataset)
-    loader = build_loader(run, dataset, world, schedule, model.part.rule)
+    blueprint = graph_of(blueprint_of(config, dtype))
+    loader = build_loader(run, dataset, world, schedule, model.part.rule, flops=count_flops(blueprint, LANGUAGE))
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
     rates = build_schedule(run, optimizer)
     travel = Travel(media_widths(config), config.get_text_config().hidden_size, dtype)

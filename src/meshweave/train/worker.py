@@ -68,8 +68,8 @@ class StepWorker:
     def __init__(self, model: LocalModel, step: LocalStep, world: World, schedule: Schedule, travel: Travel) -> None:
         self.model, self.step, self.world, self.schedule, self.travel = model, step, world, schedule, travel
         self.sums = torch.zeros(5, dtype=torch.float64, device=world.device)
-        """Loss, target tokens, exact samples, samples; on the rank that reports for its lane. Then this rank's part of the
-        load-balancing loss, by target tokens."""
+        """Loss of the tokens that this rank answers for; on the rank that leads its lane, target tokens, exact samples and
+        samples; this rank's part of the load-balancing loss, by target tokens."""
         routing = model.routing
         size = (routing.layers, routing.experts) if routing else (0, 0)
         self.load = torch.zeros(size, dtype=torch.float64, device=world.device)

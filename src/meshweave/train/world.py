@@ -53,7 +53,7 @@ class World:
 
     @property
     def leads_lane(self) -> bool:
-        """Whether this rank reports its language-model lane's loss, which other ranks of the lane's last stage repeat."""
+        """Whether this rank counts its language-model lane's samples and targets, for all ranks of the lane's last stage."""
         language = self.placements[LANGUAGE]
         coordinate = language.coordinate(self.rank)
         if coordinate is None or coordinate["pp"] != language.layout.pp - 1:

@@ -3,6 +3,7 @@ form rings: the rank with index c along cp has index c % u in its Ulysses group 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal, TypeAlias
 
 import torch.distributed as dist
@@ -29,12 +30,19 @@ def ulysses_size(kind: ContextKind, cp: int, kv_heads: int) -> int:
     return 1 if kind == "ring" else max(u for u in range(1, cp + 1) if cp % u == 0 and kv_heads % u == 0)
 
 
-def context_groups(kind: ContextKind, lanes: Sequence[Sequence[int]], kv_heads: Iterable[int], rank: int) -> ContextGroups | None:
+def context_groups(
+    kind: ContextKind,
+    lanes: Sequence[Sequence[int]],
+    kv_heads: Iterable[int],
+    rank: int,
+    timeout: timedelta | None = None,
+) -> ContextGroups | None:
     """Makes the process groups; every rank of the world must call it with the same arguments (but `rank`), in the same order.
 
     Args:
         lanes: every set of ranks that share sequences (all lanes, stages and tp indices), each in the order of cp, ascending,
             all of one size.
+        timeout: how long a rank waits in one of them; torch's own where left out.
         kv_heads: the numbers of key-value heads that a rank may have in a layer, after tensor parallelism.
 
     Returns None on a rank that is in no lane. On NCCL the world must have been initialised with `device_id`, which connects every
@@ -50,7 +58,7 @@ def context_groups(kind: ContextKind, lanes: Sequence[Sequence[int]], kv_heads: 
             for found, members in ((ulysses, sets), (ring, [ranks[offset::u] for offset in range(u)])):
                 for each in members:
                     if len(each) > 1:
-                        group = dist.new_group(list(each))
+                        group = dist.new_group(list(each), timeout=timeout)
                         if rank in each:
                             found[u] = group
         if rank in ranks:

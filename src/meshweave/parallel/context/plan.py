@@ -111,7 +111,7 @@ class SequencePlan:
             seen = view.seen(queries[query], keys[key])
             # Most tiles along the edge of a window, and those of documents of one length, are alike.
             alike = ("bias", seen.shape, np.packbits(seen).tobytes(), device, dtype)
-            bias = self._once(alike, lambda: bias_of(torch.from_numpy(seen).to(device), dtype))
+            bias = self._once(alike, lambda: bias_of(torch.from_numpy(seen), dtype, device))
         return ReadyTile(query, key, tile.kind is Kind.CAUSAL, bias)
 
     def _once(self, key: Any, make: Callable[[], Made]) -> Made:
