@@ -12,7 +12,7 @@ from meshweave.model.blueprint import blueprint_of
 from meshweave.model.experts import expert_faults, routers
 from meshweave.model.families import PROVEN, tensor_plans
 from meshweave.model.frozen import frozen_names, lost_texts
-from meshweave.model.masks import kv_head_counts
+from meshweave.model.masks import layer_sizes
 from meshweave.model.modules import ModelGraph, graph_of, module_config
 from meshweave.model.slicing import sequence_faults
 from meshweave.model.stages import stage_cuts
@@ -46,15 +46,11 @@ def check_model(run: RunConfig, config: PreTrainedConfig) -> None:
             continue
         tensor_plans(graph, name)
         for key in _DIVIDED_BY_TP:
-            size = getattr(part, key, None)
-            if isinstance(size, int) and size % tp:
-                wrong.append(f"modules.{name}.tp={tp}: does not divide {key}={size} of {part.model_type}; use a divisor of it")
-        if name == LANGUAGE:
+            sizes = layer_sizes(part, key) if name == LANGUAGE else (getattr(part, key, None),)
             wrong += [
-                f"modules.{name}.tp={tp}: does not divide the {count} key-value heads of some layers of {part.model_type}; use a "
-                "divisor"
-                for count in kv_head_counts(part)
-                if count % tp and count != getattr(part, "num_key_value_heads", None)
+                f"modules.{name}.tp={tp}: does not divide {key}={size} of {part.model_type}; use a divisor of it"
+                for size in sizes
+                if isinstance(size, int) and size % tp
             ]
         wrong += [
             f"modules.{name}.tp={tp}: {key}={value} of {part.model_type}: dropout over tp is not built; set it to 0"

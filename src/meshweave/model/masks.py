@@ -18,10 +18,19 @@ _UNSUPPORTED = {
 }
 
 
+def layer_sizes(config: PreTrainedConfig, key: str) -> tuple[int, ...]:
+    """The values that a key has in the layers of the text model with this config, ascending; none where it has no such key.
+
+    Gemma 4's layers differ in some, and transformers then refuses to say what the config as a whole has.
+    """
+    layers = (config.per_layer_config[layer] for layer in range(config.num_hidden_layers))
+    found = {getattr(layer, key, None) for layer in layers}
+    return tuple(sorted(size for size in found if isinstance(size, int)))
+
+
 def kv_head_counts(config: PreTrainedConfig) -> tuple[int, ...]:
-    """The numbers of key-value heads that layers of the text model with this config have, ascending; Gemma 4's may differ."""
-    layers = [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
-    return tuple(sorted({getattr(its, "num_key_value_heads", None) or its.num_attention_heads for its in (config, *layers)}))
+    """The numbers of key-value heads that layers of the text model with this config have, ascending."""
+    return layer_sizes(config, "num_key_value_heads") or layer_sizes(config, "num_attention_heads")
 
 
 def masks_of(config: PreTrainedConfig) -> tuple[Mask, ...]:
