@@ -191,3 +191,10 @@ def test_bfloat16_is_float32_to_its_digits(tmp_path: Path) -> None:
         found[dtype] = launch(run, first_step)
     assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.03)
     assert found["bfloat16"] != found["float32"]
+
+
+def test_large_gradients_are_summed_over_tp_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshweave.train.gradients._LARGE", 256)  # embedding and norms on either side of it
+    folder = write_model_folder(CONFIGS["llava"](tied=True), tmp_path)
+    report = verified(run_of(folder, module("0-1", dp=2), module("0-1", tp=2)), steps=1)
+    assert report.passed, report

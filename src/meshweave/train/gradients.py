@@ -22,13 +22,17 @@ def sum_partial_gradients(module: LocalModule, mesh: DeviceMesh) -> None:
     grads = local_gradients(module.parameters[name] for name in module.partial)
     if tp is None or not grads:
         return
-    small = [grad for grad in grads if grad.numel() < _LARGE or not grad.is_contiguous()]
+    small = []
     for grad in grads:
         if grad.numel() >= _LARGE and grad.is_contiguous():
             dist.all_reduce(grad, group=tp.get_group())
-    flat = torch.cat([grad.flatten() for grad in small] or [grads[0].new_zeros(0)])
+        else:
+            small.append(grad)
+    if not small:
+        return
+    flat = torch.cat([grad.flatten() for grad in small])
     dist.all_reduce(flat, group=tp.get_group())
-    for grad, total in zip(small, flat.split([grad.numel() for grad in small]), strict=False):
+    for grad, total in zip(small, flat.split([grad.numel() for grad in small]), strict=True):
         grad.copy_(total.view_as(grad))
 
 

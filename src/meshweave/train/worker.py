@@ -331,7 +331,7 @@ def _token_groups(part: LanePart, mesh: DeviceMesh, scope: Literal["lane", "micr
 
 def _sums(labels: Tensor, exact: Tensor | None, samples: int) -> Tensor:
     sums = torch.zeros(5, dtype=torch.float64, device=labels.device)
-    sums[1] = (labels[:, 1:] != -100).sum()
+    sums[1] = (labels[:, 1:] != IGNORE).sum()
     sums[2] = exact.sum() if exact is not None else 0
     sums[3] = samples
     return sums
