@@ -150,6 +150,10 @@ def test_a_wrong_run_is_refused_in_one_message_before_a_process_starts(
             {"vision": {"ranks": "0-1", "dp": 2, "context_parallel": "ring"}, "language": {"ranks": "0-1", "dp": 2}},
             "modules.vision.context_parallel: only the language model reads this",
         ),
+        (
+            {"vision": {"ranks": "0-1", "dp": 2}, "language": {"ranks": "0-1", "dp": 2, "context_parallel": "ulysses"}},
+            "modules.language.context_parallel=ulysses: cp is 1",
+        ),
         ({"vision": {"ranks": "0-2", "tp": 3}, "language": {"ranks": "0-2", "dp": 3}}, "does not divide num_attention_heads=4"),
         ({"vision": {"ranks": "0-1", "dp": 2}}, "there is no 'language'"),
         ({"language": {"ranks": "0-1", "dp": 2}}, "modules.vision: missing"),

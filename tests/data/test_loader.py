@@ -365,3 +365,16 @@ def test_a_run_in_which_nothing_can_be_read_stops():
     broken.step(0)
     with pytest.raises(DataError, match="not one of the first 32 samples can be read; sample"):
         broken.step(1)
+
+
+def test_a_sample_whose_text_is_not_as_long_as_its_metadata_says_is_skipped_by_name(caplog):
+    class Longer(Ragged):
+        def text(self, index: int):
+            ids, labels = super().text(index)
+            return (torch.cat([ids, ids[:1]]), torch.cat([labels, labels[:1]])) if index == odd else (ids, labels)
+
+    odd = loader(Ragged(), 0, grouped=False).step(0).plan.microbatches[0].lanes[0][0].sample
+    assert loader(Longer(), 0, grouped=False, on_error="skip").step(0).skipped == 1
+    assert f"sample {odd} is skipped: its text has" in caplog.text
+    with pytest.raises(DataError, match=f"sample {odd}: its text has"):
+        loader(Longer(), 0, grouped=False, on_error="stop").step(0)
