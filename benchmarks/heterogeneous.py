@@ -35,7 +35,7 @@ from stepping import Training, build_training, with_data
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3VLConfig
 
-from meshweave.batch import MediaMeta
+from meshweave.batch.plan import MediaMeta
 from meshweave.config import LANGUAGE, RunConfig, parse_config
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.data.synthetic_media import Item, Patches
@@ -44,9 +44,9 @@ from meshweave.model.blueprint import STORED, blueprint_of
 from meshweave.model.flops import count_flops
 from meshweave.model.modules import graph_of
 from meshweave.parallel.mesh import build_meshes
-from meshweave.train.schedules import typical_step
+from meshweave.step.schedules import typical_step
 from meshweave.train.trainer import step_flops
-from meshweave.train.world import World, launch
+from meshweave.world import World, launch
 
 RANKS = 4
 EVERYONE = f"0-{RANKS - 1}"

@@ -42,10 +42,10 @@ from meshweave.schedule.measured import durations_of
 from meshweave.schedule.schedule import Schedule
 from meshweave.schedule.simulate import Timeline, simulate
 from meshweave.schedule.work import StepWork
-from meshweave.train.schedules import Speed, model_durations, run_schedule, typical_step
-from meshweave.train.trace import measured_timeline, start_clock
+from meshweave.step.schedules import Speed, model_durations, run_schedule, typical_step
+from meshweave.step.trace import measured_timeline, start_clock
 from meshweave.train.trainer import step_tokens
-from meshweave.train.world import World, launch
+from meshweave.world import World, launch
 
 WARM_UP = 2
 """Steps of a round that do not count."""

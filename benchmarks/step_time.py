@@ -32,7 +32,7 @@ from meshweave.data.synthetic import SyntheticDataset
 from meshweave.model.blueprint import read_model_config
 from meshweave.train.optimizer import build_schedule
 from meshweave.train.trainer import step_tokens
-from meshweave.train.world import World, launch
+from meshweave.world import World, launch
 
 BLOCK = 4
 """Steps of one side before it is the other's turn, so that a drifting machine slows both."""

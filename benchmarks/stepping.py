@@ -14,12 +14,12 @@ from meshweave.model.modules import media_widths
 from meshweave.parallel.build import LocalModel, build_model
 from meshweave.schedule.schedule import Schedule
 from meshweave.schedule.simulate import Span
-from meshweave.train.data import build_loader
+from meshweave.step.loading import build_loader
+from meshweave.step.run import Totals, finish_gradients, run_step
+from meshweave.step.schedules import agreed_schedule
+from meshweave.step.worker import Travel
 from meshweave.train.optimizer import build_optimizer, build_schedule
-from meshweave.train.schedules import agreed_schedule
-from meshweave.train.step import Totals, finish_gradients, run_step
-from meshweave.train.worker import Travel
-from meshweave.train.world import World
+from meshweave.world import World
 
 
 @dataclass(frozen=True)

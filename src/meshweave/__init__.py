@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meshweave.batch import plan_step as plan_step
+    from meshweave.batch.plan import plan_step as plan_step
     from meshweave.boundary import exchange as exchange
     from meshweave.boundary import lane_ownership as lane_ownership
     from meshweave.boundary import plan_transfer as plan_transfer
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from meshweave.layout import Placement as Placement
     from meshweave.schedule.plan import plan_schedule as plan_schedule
     from meshweave.schedule.simulate import simulate as simulate
-    from meshweave.train.verify import verify as verify
-    from meshweave.train.world import launch as launch
+    from meshweave.verify.compare import verify as verify
+    from meshweave.world import launch as launch
 
 _HOMES = {
     "Layout": "meshweave.layout",
@@ -26,13 +26,13 @@ _HOMES = {
     "RunConfig": "meshweave.config",
     "exchange": "meshweave.boundary",
     "lane_ownership": "meshweave.boundary",
-    "launch": "meshweave.train.world",
+    "launch": "meshweave.world",
     "load_config": "meshweave.config",
     "plan_schedule": "meshweave.schedule.plan",
-    "plan_step": "meshweave.batch",
+    "plan_step": "meshweave.batch.plan",
     "plan_transfer": "meshweave.boundary",
     "simulate": "meshweave.schedule.simulate",
-    "verify": "meshweave.train.verify",
+    "verify": "meshweave.verify.compare",
 }
 
 __all__ = list(_HOMES)

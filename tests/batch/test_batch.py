@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshweave.batch import EncoderPasses, MediaMeta, SampleMeta, StepPlan, balance, deal_step, plan_step
+from meshweave.batch.plan import EncoderPasses, MediaMeta, SampleMeta, StepPlan, balance, deal_step, plan_step
+from meshweave.batch.slots import Packing
 from meshweave.errors import LayoutError
-from meshweave.slots import Packing
 
 MODULES = ("vision", "audio")
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshweave.batch import EncoderPasses, MediaMeta, SampleMeta, deal_step, plan_step
+from meshweave.batch.even import Work, best_fit, cut, fill_level, share, spread
+from meshweave.batch.plan import EncoderPasses, MediaMeta, SampleMeta, deal_step, plan_step
+from meshweave.batch.slots import Packing, fill_slots
 from meshweave.errors import DataError, LayoutError
-from meshweave.even import Work, best_fit, cut, fill_level, share, spread
 from meshweave.report.imbalance import imbalance
-from meshweave.slots import Packing, fill_slots
 
 ROWS, PACKED = Packing(), Packing(packed=True)
 

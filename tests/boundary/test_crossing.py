@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from meshweave.batch import MediaMeta, MicrobatchPlan, SampleMeta, plan_step
+from meshweave.batch.plan import MediaMeta, MicrobatchPlan, SampleMeta, plan_step
 from meshweave.boundary.crossing import plan_crossing
 from meshweave.errors import DataError
 from meshweave.layout import Layout, Placement

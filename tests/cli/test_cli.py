@@ -97,7 +97,7 @@ def test_verify_of_a_shrunk_model_needs_neither_weights_nor_data(tmp_path: Path)
 
 
 def test_verify_past_the_tolerance_exits_non_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshweave.train.step.sum_partial_gradients", lambda module, mesh: None)
+    monkeypatch.setattr("meshweave.step.run.sum_partial_gradients", lambda module, mesh: None)
     code, output = run("verify", str(write_run(tmp_path)), "--steps", "1")
     assert code == 1
     assert "NOT the same" in output
@@ -117,7 +117,7 @@ def test_verify_past_the_tolerance_exits_non_zero(tmp_path: Path, monkeypatch: p
         ("model=/nowhere", "'/nowhere' holds no config.json"),
         ("train.batch_size=1", "train.batch_size=1: fewer samples than"),
         ("train.batch_size=0", "train.batch_size"),
-        ("data={source: llava_json, path: /nowhere.json}", "'/nowhere.json' does not exist"),
+        ("data={source: files, path: /nowhere.json}", "'/nowhere.json' does not exist"),
         ("data.sorce=digits", "did you mean source?"),
         ("nonsense", "expected KEY=VALUE"),
         ("train={steps: 1, batch_size: 6, max_tokens: 9}", "train.max_tokens=9: only packed sequences have a token budget"),
@@ -129,7 +129,7 @@ def test_verify_past_the_tolerance_exits_non_zero(tmp_path: Path, monkeypatch: p
 def test_a_wrong_run_is_refused_in_one_message_before_a_process_starts(
     override: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("meshweave.train.world.launch", lambda *a: pytest.fail("a process would have started"))
+    monkeypatch.setattr("meshweave.world.launch", lambda *a: pytest.fail("a process would have started"))
     modules = {"vision": {"ranks": "0-1", "dp": 2}, "language": {"ranks": "0-1", "dp": 2}}
     code, output = run("train", str(write_run(tmp_path, modules=modules)), "--set", override)
     assert code == 2, output
@@ -184,7 +184,7 @@ def test_what_only_shows_later_is_refused_early(override: str, expected: str, tm
 def test_weights_that_do_not_fit_are_refused_before_a_process_starts(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("meshweave.train.world.launch", lambda *a: pytest.fail("a process would have started"))
+    monkeypatch.setattr("meshweave.world.launch", lambda *a: pytest.fail("a process would have started"))
     file = write_run(tmp_path)
     weights = tmp_path / "model" / "model.safetensors"
     if damage == "missing":
@@ -213,7 +213,7 @@ def test_a_fault_says_where_it_happened(tmp_path: Path, monkeypatch: pytest.Monk
     def broken(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("meshweave.train.worker.StepWorker._language_forward", broken)
+    monkeypatch.setattr("meshweave.step.worker.StepWorker._language_forward", broken)
     modules = {"vision": {"ranks": 0}, "language": {"ranks": 0}}
     with pytest.raises(RuntimeError, match="out of luck") as fault:
         run("train", str(write_run(tmp_path, modules=modules)))

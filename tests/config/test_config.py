@@ -145,11 +145,11 @@ def test_the_world_reaches_to_the_highest_rank_idle_ones_included():
         (("timeout_seconds", 0), r"timeout_seconds: .*greater than 0 \(got 0\)"),
         (("seed", -1), r"seed: .*\(got -1\)"),
         # data
-        (("data", {}), r"data\.source: this key is required"),
-        (("data.source", "coco"), r"data\.source: .*'llava_json', 'digits' or 'synthetic' \(got 'coco'\)"),
-        (("data.source", "llava_json"), r"data: source llava_json needs `path`, the JSON or JSONL file"),
+        (("data", {}), r"data: source files needs `path`"),
+        (("data.source", "coco"), r"data\.source: .*'files', 'digits' or 'synthetic' \(got 'coco'\)"),
+        (("data.source", "files"), r"data: source files needs `path`, the file or folder to read"),
         (
-            ("data", {"source": "llava_json", "path": "no.json"}),
+            ("data", {"source": "files", "path": "no.json"}),
             r"data: path 'no\.json' does not exist \(looked in /.*\)",
         ),
         (("data", {"source": "digits", "samples": 0}), r"data\.samples: .*greater than 0 \(got 0\)"),
@@ -179,7 +179,7 @@ def test_all_wrong_keys_are_named_at_once():
 def test_every_path_of_the_data_must_exist(tmp_path, key):
     path = tmp_path / "data.json"
     path.write_text("[]")
-    data = {"source": "llava_json", "path": str(path)}
+    data = {"source": "files", "path": str(path)}
     assert parse_config(_changed(("data", data))).data.path == path
     with pytest.raises(ConfigError, match=rf"data: {key} 'nowhere' does not exist"):
         parse_config(_changed(("data", data | {key: "nowhere"})))

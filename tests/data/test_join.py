@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from meshweave.batch import MediaMeta
+from meshweave.batch.plan import MediaMeta
 from meshweave.data.dataset import with_runs
 from meshweave.data.join import join_media
 from meshweave.errors import DataError

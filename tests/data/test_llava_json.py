@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from meshweave.data.dataset import RawSample
-from meshweave.data.sources.llava_json import ImageFile, LlavaJson
+from meshweave.data.media.image import ImageFile
+from meshweave.data.sources.llava_json import LlavaJson
 from meshweave.errors import DataError
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]

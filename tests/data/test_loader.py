@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from support.ranks import run_ranks
 
-from meshweave.batch import EncoderPasses, MediaMeta, SampleMeta
+from meshweave.batch.plan import EncoderPasses, MediaMeta, SampleMeta
+from meshweave.batch.slots import Packing
 from meshweave.data.loader import EncoderRole, Loader, LocalStep
 from meshweave.errors import DataError, LayoutError
-from meshweave.slots import Packing
 
 LANGUAGE_LANES, ENCODER_LANES = 2, {"vision": 3, "audio": 1}
 # Where each of four ranks stands: its language lane (rank 3 has none), and its lane in each encoder.

@@ -20,8 +20,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from meshweave.data.dataset import RawSample
 from meshweave.data.loader import EncoderRole, Loader
+from meshweave.data.media.image import ImageFile
 from meshweave.data.processed import ProcessedDataset
-from meshweave.data.sources.llava_json import ImageFile, LlavaJson
+from meshweave.data.sources.llava_json import LlavaJson
 from meshweave.errors import ConfigError, DataError
 
 PLAIN = (

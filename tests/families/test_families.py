@@ -19,7 +19,7 @@ from meshweave.model.check import check_model
 from meshweave.model.families import PROVEN
 from meshweave.model.modules import ENCODERS, has_encoder
 from meshweave.train.trainer import train
-from meshweave.train.world import launch
+from meshweave.world import launch
 
 
 def run_in(form: str, family: str, folder: Path) -> RunConfig:

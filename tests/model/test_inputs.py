@@ -9,12 +9,12 @@ from support.families import FAMILIES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from meshweave.batch import MediaMeta
+from meshweave.batch.plan import MediaMeta
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.model.blueprint import auto_class
 from meshweave.model.inputs import merge_inputs, merge_sounds, position_ids
 from meshweave.model.modules import AUDIO, VISION
-from meshweave.train.oracle import stock_batch
+from meshweave.verify.oracle import stock_batch
 
 SAMPLES = (0, 1, 2, 3)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, Gemma3TextConfig, LlavaConfig, PreTrainedConfig, PreTrainedModel
 
-from meshweave.batch import MediaMeta
+from meshweave.batch.plan import MediaMeta
 from meshweave.config import LANGUAGE, RunConfig, parse_config
 from meshweave.data.join import join_media
 from meshweave.data.synthetic import SyntheticDataset
@@ -27,7 +27,7 @@ from meshweave.model.modules import VISION, ModelGraph, graph_of
 from meshweave.model.parts import parts_of
 from meshweave.model.stages import cut_blocks, stage_costs, stage_cuts
 from meshweave.sequence.grid import UNCUT, lay_out
-from meshweave.train.oracle import stock_batch
+from meshweave.verify.oracle import stock_batch
 
 VISION_LAYERS, LANGUAGE_LAYERS = 4, 5
 TEXT_ONLY, IMAGES = (1, 5), (0, 1, 2, 3)

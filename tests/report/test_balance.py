@@ -5,10 +5,10 @@ from io import StringIO
 
 from rich.console import Console
 
-from meshweave.batch import MediaMeta, SampleMeta, deal_step, plan_step
+from meshweave.batch.plan import MediaMeta, SampleMeta, deal_step, plan_step
+from meshweave.batch.slots import Packing
 from meshweave.report.balance import BalanceReport, Spread, Variant, render_balance
 from meshweave.report.imbalance import imbalance
-from meshweave.slots import Packing
 
 
 def report(**changes) -> BalanceReport:

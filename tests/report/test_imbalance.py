@@ -6,10 +6,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from meshweave.batch import MediaItem, MediaMeta, MicrobatchPlan, SampleMeta, StepPlan, plan_step
+from meshweave.batch.plan import MediaItem, MediaMeta, MicrobatchPlan, SampleMeta, StepPlan, plan_step
+from meshweave.batch.slots import Packing
 from meshweave.layout import Layout, Placement
 from meshweave.report.imbalance import Uneven, imbalance, slowest_rank
-from meshweave.slots import Packing
 
 
 def microbatch(*lanes: tuple[int, ...], costs: tuple[tuple[float, ...], ...]) -> MicrobatchPlan:

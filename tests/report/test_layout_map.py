@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from support.models import llava
 
-from meshweave.batch import plan_step
+from meshweave.batch.plan import plan_step
 from meshweave.config import parse_config
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.layout import placements

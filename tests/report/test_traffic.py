@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import pytest
 
-from meshweave.batch import MediaMeta, SampleMeta, plan_step
+from meshweave.batch.plan import MediaMeta, SampleMeta, plan_step
 from meshweave.layout import Layout, Placement
 from meshweave.report.traffic import boundary_traffic
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from meshweave.batch import MediaMeta, SampleMeta
+from meshweave.batch.plan import MediaMeta, SampleMeta
 from meshweave.sequence import Mask
 from meshweave.sequence.grid import UNCUT, SequenceRule, lay_out
 

@@ -19,7 +19,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from meshweave.batch import MediaMeta, SampleMeta
+from meshweave.batch.plan import MediaMeta, SampleMeta
 from meshweave.data.dataset import with_runs
 from support.models import llava
 

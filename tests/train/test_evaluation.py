@@ -17,10 +17,10 @@ from meshweave.data.synthetic import SyntheticDataset
 from meshweave.model.blueprint import read_model_config
 from meshweave.model.modules import media_widths
 from meshweave.parallel.build import build_model
-from meshweave.train.oracle import stock_batch
-from meshweave.train.trainer import Evaluation, evaluate
-from meshweave.train.worker import Travel
-from meshweave.train.world import World, launch
+from meshweave.step.worker import Travel
+from meshweave.train.evaluation import Evaluation, evaluate
+from meshweave.verify.oracle import stock_batch
+from meshweave.world import World, launch
 
 SAMPLES = 11
 EXACT = 6

@@ -17,9 +17,9 @@ from meshweave.errors import CheckpointError, ConfigError, DataError
 from meshweave.model.blueprint import read_model_config
 from meshweave.model.encoder import EncoderStage
 from meshweave.report.summary import Summary
-from meshweave.train.schedules import typical_step
+from meshweave.step.schedules import typical_step
 from meshweave.train.trainer import train
-from meshweave.train.world import World, _join_slurm, launch
+from meshweave.world import World, _join_slurm, launch
 
 
 def run_of(tmp_path: Path, **changes: Any) -> RunConfig:
@@ -134,7 +134,7 @@ def test_ranks_that_see_other_data_follow_the_same_schedule(tmp_path: Path, monk
         assert seen == [0], "only rank 0 looks at the data to plan"
         return typical_step(run, dataset)
 
-    monkeypatch.setattr("meshweave.train.schedules.typical_step", blind)
+    monkeypatch.setattr("meshweave.step.schedules.typical_step", blind)
     modules = {"vision": {"ranks": 0}, "language": {"ranks": "1-2", "pp": 2}}
     options = {"steps": 2, "batch_size": 8, "microbatches": 4}
     data = {"source": "synthetic", "samples": 64}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from meshweave.batch import MicrobatchPlan
+from meshweave.batch.plan import MicrobatchPlan
 from meshweave.boundary.ownership import Share, lane_ownership, slice_ownership, split_positions
 from meshweave.boundary.transfer import TransferPlan, plan_transfer
 from meshweave.config import LANGUAGE

@@ -1,14 +1,14 @@
 """What does the loader need from a dataset, and a dataset from a source?"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from typing import Any, Protocol
 
 from PIL import Image
 from torch import Tensor
 
-from meshweave.batch import MediaMeta, SampleMeta
+from meshweave.batch.plan import MediaMeta, SampleMeta
 from meshweave.errors import DataError
 
 IGNORE = -100  # the label of a position that is not a target, as in transformers
@@ -34,6 +34,10 @@ class RawSample:
     """Hugging Face chat form: `{"role": …, "content": [{"type": "text", "text": …}, {"type": "image"}]}`."""
     media: Sequence[MediaRef] = ()
     """One reference for each `{"type": "image"}` part, in order of appearance."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Descriptions of the tools that the assistant may call, as chat templates take them."""
+    flags: Mapping[int, bool] = field(default_factory=dict)
+    """Turn → whether the record says that it is a target (`loss`, `loss_mask`, `trainable`, …)."""
 
 
 class Source(Protocol):

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meshweave.batch import EVEN, EncoderPasses, MediaMeta, MicrobatchPlan, SampleMeta, StepPlan, plan_step
+from meshweave.batch.plan import EVEN, EncoderPasses, MediaMeta, MicrobatchPlan, SampleMeta, StepPlan, plan_step
+from meshweave.batch.slots import PADDED, Packing
 from meshweave.boundary.transfer import TransferPlan
 from meshweave.data.dataset import IGNORE, Dataset
 from meshweave.data.join import join_media
 from meshweave.errors import DataError
 from meshweave.sequence.grid import UNCUT, LaneGrid, SequenceRule, lay_out
-from meshweave.slots import PADDED, Packing
 
 logger = logging.getLogger(__name__)
 

@@ -1,9 +1,8 @@
 """How do raw samples become model inputs? With the model's own Hugging Face processor and chat template."""
 
-import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
 from math import prod
@@ -15,28 +14,10 @@ from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
-from meshweave.batch import MediaMeta, SampleMeta
+from meshweave.batch.plan import MediaMeta, SampleMeta
 from meshweave.data.dataset import IGNORE, RawSample, Source, with_runs
+from meshweave.data.footprint import Footprint, footprint_of, processed
 from meshweave.errors import ConfigError, DataError
-
-# (height, width) of the blank images that a processor's arithmetic is checked with.
-PROBES = ((64, 64), (48, 112))
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What one image of a given size takes in the text and in the encoder."""
-
-    text: str
-    """What the processor writes in place of the image's placeholder."""
-    tokens: int
-    """Media tokens among it."""
-    grid: tuple[int, ...] | None
-    """(t, h, w) in patches, for processors that return `image_grid_thw`; (squares, 1, media tokens of one) where these cut an
-    image into several."""
-    size: tuple[int, int] | None
-    """(height, width) in pixels, for processors that return `image_sizes`."""
-
 
 _DUMMY_SIZE = (32, 32)
 _ENCODER_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids")
@@ -69,7 +50,8 @@ class ProcessedDataset:
         _require(processor)
         # What the model replaces by media tokens; Gemma 3's processor calls its start mark `image_token`.
         self.placeholder: str = getattr(processor.tokenizer, "image_token", None) or processor.image_token
-        self._footprint: Callable[[tuple[int, int]], Footprint] = lru_cache(maxsize=65536)(self._choose_footprint())
+        of_size: Callable[[tuple[int, int]], Footprint] = footprint_of(processor, self.placeholder)
+        self._footprint = lru_cache(maxsize=65536)(of_size)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -170,14 +152,11 @@ class ProcessedDataset:
         return tokenizer(text, add_special_tokens=not written, return_offsets_mapping=True)
 
     def _process(self, image: Image.Image) -> dict[str, Tensor]:
-        raw = self._processed(image)
+        raw = processed(self.processor, image)
         found = {key: raw[key] for key in _ENCODER_INPUTS if key in raw}
         if found["pixel_values"].ndim == 5:  # [images, squares, …]: images of several numbers of squares are joined by square
             found["pixel_values"] = found["pixel_values"].flatten(0, 1)
         return found
-
-    def _processed(self, image: Image.Image) -> dict[str, Tensor]:
-        return dict(self.processor.image_processor([image], return_tensors="pt"))
 
     def _footprints(self, sample: RawSample) -> list[Footprint]:
         sizes = [item.size() for item in sample.media]
@@ -185,37 +164,6 @@ class ProcessedDataset:
             return [self._footprint(size) for size in sizes]
         except ValueError as error:  # e.g. an aspect ratio that the image processor refuses
             raise DataError(f"the image processor refuses a (height, width) of {sizes}: {error}") from error
-
-    def _choose_footprint(self) -> Callable[[tuple[int, int]], Footprint]:
-        """The processor's arithmetic on sizes where it holds; else it is shown a blank image."""
-        try:
-            holds = all(self._computed(size) == self._measured(size) for size in PROBES)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            holds = False
-        return self._computed if holds else self._measured
-
-    def _computed(self, size: tuple[int, int]) -> Footprint:
-        images = self.processor.image_processor
-        tokens = self.processor._get_num_multimodal_tokens(image_sizes=[list(size)]).num_image_tokens[0]
-        grid = None
-        if resize := getattr(inspect.getmodule(type(images)), "smart_resize", None):  # the Qwen-VL families
-            bounds = {"min_pixels": images.size["shortest_edge"], "max_pixels": images.size["longest_edge"]}
-            height, width = resize(*size, factor=images.patch_size * images.merge_size, **bounds)
-            grid = (1, height // images.patch_size, width // images.patch_size)
-        return Footprint(self.processor.image_token * tokens, tokens, grid, None)
-
-    def _measured(self, size: tuple[int, int]) -> Footprint:
-        inputs = self._processed(Image.new("RGB", (size[1], size[0])))
-        text = self.processor.replace_image_token(inputs, 0)
-        tokens = text.count(self.placeholder)
-        pixels, grids, sizes = (inputs.get(key) for key in ("pixel_values", "image_grid_thw", "image_sizes"))
-        grid: tuple[int, ...] | None = None
-        if grids is not None:
-            grid = tuple(grids[0].tolist())
-        elif pixels is not None and (squares := prod(pixels.shape[:-3])) > 1:
-            grid = (squares, 1, max(1, tokens // squares))
-        height_width = None if sizes is None else (int(sizes[0][0]), int(sizes[0][1]))
-        return Footprint(text, tokens, grid, height_width)
 
 
 def _require(processor: Any) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meshweave.batch import MediaMeta, SampleMeta
+from meshweave.batch.plan import MediaMeta, SampleMeta
 from meshweave.data.dataset import IGNORE, with_runs
 from meshweave.data.synthetic_media import Item, media_of
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from meshweave.batch import MediaMeta
+from meshweave.batch.plan import MediaMeta
 from meshweave.errors import ConfigError
 
 Fill = Callable[[tuple[int, ...]], Tensor]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from meshweave.batch import MediaMeta
+from meshweave.batch.plan import MediaMeta
 from meshweave.model.cut import Cut, Wire, stage_model
 from meshweave.model.families import CUTS
 from meshweave.model.families.plan import CutPlan

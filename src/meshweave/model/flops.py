@@ -5,7 +5,7 @@ from math import prod
 
 from torch import nn
 
-from meshweave.batch import MediaMeta
+from meshweave.batch.plan import MediaMeta
 from meshweave.config import LANGUAGE
 from meshweave.model.modules import ModelGraph, module_config
 

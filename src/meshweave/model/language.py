@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from meshweave.batch import MediaMeta
+from meshweave.batch.plan import MediaMeta
 from meshweave.config import LANGUAGE
 from meshweave.model.cut import Cut, Wire, stage_model
 from meshweave.model.inputs import merge_inputs, merge_sounds, position_ids

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import fsum
 
-from meshweave.batch import MediaMeta, MicrobatchPlan, StepPlan
+from meshweave.batch.plan import MediaMeta, MicrobatchPlan, StepPlan
+from meshweave.batch.slots import Packing
 from meshweave.config import LANGUAGE
 from meshweave.layout import Placement
-from meshweave.slots import Packing
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meshweave.batch import StepPlan
+from meshweave.batch.plan import StepPlan
 from meshweave.boundary.crossing import plan_crossing
 from meshweave.boundary.ownership import Ownership, overlap
 from meshweave.boundary.transfer import TransferPlan

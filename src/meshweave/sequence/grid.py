@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 import numpy.typing as npt
 
-from meshweave.batch import SampleMeta
+from meshweave.batch.plan import SampleMeta
 from meshweave.sequence.cut import cut_sequence, multiple_of
 from meshweave.sequence.lane import Array, Document, LaneSequence, Mask
 

@@ -1,1 +1,1 @@
-"""The loop: step, optimizer, metrics, verification against the single process."""
+"""The loop: optimizer, evaluation, metrics."""

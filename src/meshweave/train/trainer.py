@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,39 +11,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedConfig
 
-from meshweave.batch import StepPlan
+from meshweave.batch.plan import StepPlan
+from meshweave.checkpoint.export import export_model
 from meshweave.config import LANGUAGE, RunConfig
-from meshweave.data.dataset import Dataset
+from meshweave.data.build import build_datasets
 from meshweave.model.blueprint import STORED, TRAVELS_AS, blueprint_of
 from meshweave.model.flops import TRAINING_FACTOR, ModuleFlops, count_flops
 from meshweave.model.modules import graph_of, media_widths
-from meshweave.parallel.build import LocalModel, build_model
+from meshweave.parallel.build import build_model
 from meshweave.report.curves import draw_loss_curve
 from meshweave.report.summary import Crossing, Summary
 from meshweave.schedule.simulate import Timeline
-from meshweave.train.data import build_datasets, build_loader
-from meshweave.train.export import export_model
+from meshweave.step.loading import build_loader
+from meshweave.step.run import finish_gradients, run_step
+from meshweave.step.schedules import agreed_schedule
+from meshweave.step.trace import MEASURED_PICTURE, TRACED_STEP, measured_timeline, start_clock, write_measured
+from meshweave.step.worker import Travel
+from meshweave.train.evaluation import Evaluation, evaluate
 from meshweave.train.metrics import MetricsLog
 from meshweave.train.optimizer import build_optimizer, build_schedule, peak_rate, rate_factor
-from meshweave.train.schedules import agreed_schedule
-from meshweave.train.step import finish_gradients, run_step
-from meshweave.train.trace import MEASURED_PICTURE, TRACED_STEP, measured_timeline, start_clock, write_measured
-from meshweave.train.worker import Travel
-from meshweave.train.world import World
+from meshweave.world import World
 
 logger = logging.getLogger(__name__)
 
 _WARM_UP_STEPS = 5
 """Steps that speed figures leave out: allocations and first connections."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Held-out totals."""
-
-    loss: float
-    exact: int
-    samples: int
 
 
 def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool = False) -> Summary:
@@ -123,30 +114,6 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
         if measured is not None:
             write_measured(measured, run.output)
     return _summary(run, records, evaluation, trace)
-
-
-def evaluate(
-    world: World, run: RunConfig, config: PreTrainedConfig, model: LocalModel, dataset: Dataset, travel: Travel
-) -> Evaluation:
-    """One forward pass over held-out data, in the run's layouts.
-
-    A sample is exact if every target token is the most likely one given those before it: what greedy decoding would write.
-    """
-    schedule = agreed_schedule(world, run, config, dataset, training=False)
-    loader = build_loader(run, dataset, world, schedule, model.part.rule, training=False)
-    for part in model.modules.values():
-        for stage in part.stages.values():
-            stage.eval()
-    results = [run_step(model, step, world, schedule, travel) for step in loader.steps(0, loader.steps_per_epoch)]
-    for part in model.modules.values():
-        for stage in part.stages.values():
-            stage.train()
-    targets = sum(totals.targets for totals in results)
-    return Evaluation(
-        sum(totals.loss_sum for totals in results) / max(1, targets),
-        sum(totals.exact for totals in results),
-        sum(totals.samples for totals in results),
-    )
 
 
 def step_tokens(plan: StepPlan) -> int:

@@ -2,46 +2,15 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps
-
 from meshweave.data.dataset import RawSample
+from meshweave.data.media.image import ImageFile
 from meshweave.errors import DataError
 
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """A picture in a file, turned upright if its EXIF data says so (as transformers' `load_image` does)."""
-
-    path: Path
-
-    def size(self) -> tuple[int, int]:
-        """(height, width) in pixels. Reads the header only. Raises `DataError` naming the path."""
-        with self._opened() as image:
-            width, height = image.size
-            return (width, height) if _orientation(image) >= 5 else (height, width)  # 5 to 8: turned by 90°
-
-    def load(self) -> Image.Image:
-        """The decoded picture, RGB. Raises `DataError` naming the path."""
-        with self._opened() as image:
-            return (ImageOps.exif_transpose(image) if _orientation(image) != 1 else image).convert("RGB")
-
-    @contextmanager
-    def _opened(self) -> Iterator[Image.Image]:
-        try:
-            with Image.open(self.path) as image:
-                yield image
-        except FileNotFoundError as error:
-            raise DataError(f"{self.path}: no such image; check the image folder and the name in the data file") from error
-        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, …
-            raise DataError(f"{self.path}: the image is broken or cut off ({error}); replace the file") from error
 
 
 class LlavaJson:
@@ -168,11 +137,6 @@ def _image_names(entry: Mapping[str, Any]) -> list[str]:
     if wrong := [name for name in listed if not isinstance(name, str) or not name]:
         raise DataError(f"'image' must be a file name or a list of file names, found {_shown(wrong[0])}")
     return listed
-
-
-def _orientation(image: Image.Image) -> int:
-    # The base class's getexif: PNG's own would decode the pixels in search of late EXIF data.
-    return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
 
 
 def _shown(value: Any) -> str:

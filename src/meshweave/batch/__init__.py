@@ -1,0 +1,1 @@
+"""Which sample and media item goes where?"""

@@ -1,0 +1,46 @@
+"""How does a trained model leave? As an ordinary Hugging Face folder."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from meshweave.checkpoint.collect import gather_led, whole_values
+from meshweave.config import RunConfig
+from meshweave.model.blueprint import STORED, auto_class, blueprint_of
+from meshweave.model.weights import fill_pretrained, fill_seeded, materialise
+from meshweave.parallel.build import LocalModel
+from meshweave.world import World
+
+
+def export_model(world: World, model: LocalModel, config: PreTrainedConfig, run: RunConfig, folder: Path) -> None:
+    """Gathers every parameter on rank 0, which writes `folder` with the processor of the run's model. A collective over all
+    ranks."""
+    gathered = gather_led(model, world, whole_values(model))
+    if world.rank != 0:
+        return
+    source = run.model
+    with torch.device("meta"):
+        stock = auto_class(config).from_config(config, dtype=STORED[run.dtype])
+    stock.load_state_dict(gathered, strict=False, assign=True)
+    stock.tie_weights()
+    _fill_buffers(stock, config, run)
+    if (source / "generation_config.json").exists():
+        stock.generation_config = GenerationConfig.from_pretrained(source)
+    stock.save_pretrained(folder)
+    if any((source / file).exists() for file in ("processor_config.json", "preprocessor_config.json")):
+        AutoProcessor.from_pretrained(source, backend="pil").save_pretrained(folder)
+
+
+def _fill_buffers(stock: PreTrainedModel, config: PreTrainedConfig, run: RunConfig) -> None:
+    """Those that are stored are as they were at the start: nothing trains them."""
+    saved = stock.state_dict().keys() & {name for name, _ in stock.named_buffers()}
+    if not saved:
+        return
+    materialise(stock, torch.device("cpu"))
+    targets = {name: buffer for name, buffer in stock.named_buffers() if name in saved}
+    blueprint = blueprint_of(config, STORED[run.dtype])
+    if run.weights == "seeded":
+        fill_seeded(targets, blueprint, run.seed)
+    else:
+        fill_pretrained(targets, blueprint, run.model)

@@ -1,0 +1,36 @@
+"""What do all commands share? Their common arguments, and how an error becomes one message."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from meshweave.errors import MeshweaveError, RankError
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.YAML", help="Run file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the run file, e.g. modules.vision.dp=2; repeatable."),
+]
+
+
+def run_command(work: Callable[[], None]) -> None:
+    """Runs a command; an error of ours becomes one message and exit code 2."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)])
+    try:
+        work()
+    except MeshweaveError as error:
+        # In a launched world every process comes here; what only one of them knows says so.
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0" or isinstance(error, RankError):
+            Console(stderr=True).print("[bold red]error:[/]", end=" ")
+            Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(str(error))
+        raise typer.Exit(2) from None

@@ -1,0 +1,41 @@
+"""`meshweave train`: how is a run trained?"""
+
+from functools import partial
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from meshweave.cli.common import Overrides, RunFile, run_command
+from meshweave.config import load_config
+
+
+def train_command(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Clock one step on all ranks: timeline as PNG and for Perfetto.")
+    ] = False,
+) -> None:
+    """Train. Starts one local process per rank; under torchrun or Slurm it joins the world that is there."""
+    from meshweave.cli.ahead import plan_ahead
+    from meshweave.data.build import build_datasets
+    from meshweave.model.blueprint import read_model_config
+    from meshweave.model.check import check_executable, check_model
+    from meshweave.report.summary import render_summary
+    from meshweave.train.trainer import train
+    from meshweave.world import launch
+
+    def work() -> None:
+        run = load_config(run_file, overrides or ())
+        config = read_model_config(run.model)
+        check_model(run, config)
+        check_executable(run, config)
+        # What is wrong with the data, or with the schedule, shall show before processes start.
+        training, _ = build_datasets(run, config)
+        plan_ahead(run, config, training)
+        summary = launch(run, partial(train, config=config, trace=trace))
+        if summary is not None:
+            Console().print(render_summary(summary))
+
+    run_command(work)

@@ -1,0 +1,49 @@
+"""`train:` what may a run file say of the loop and the optimizer?"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from meshweave.config.fields import Strict
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class TrainConfig(Strict):
+    """The loop and the optimizer (AdamW, linear warm-up, cosine decay)."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt
+    """Samples of one step, over all lanes and microbatches."""
+    microbatches: PositiveInt = 1
+    """Parts a step is worked in, one after the other; their gradients are added up."""
+    pack: bool = False
+    """Lay the samples of a lane's microbatch one behind the other in one sequence, each attending within itself, instead of in
+    rows padded to the longest; sequences that are cut over `cp` or `tp` always are."""
+    max_tokens: PositiveInt | None = None
+    """Packed, in training: tokens that a lane's sequence of one microbatch may hold. A step that does not fit is refused; a
+    sample that alone is longer counts as unreadable (`data.on_error`). Left out, sequences are as long as they come, but even."""
+    lr: PositiveFloat = 1e-4
+    """Peak learning rate."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Last learning rate as a share of the peak."""
+    warmup_steps: NonNegativeInt = 0
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    """Applied to matrices, not to biases and norms."""
+    router_aux_loss: NonNegativeFloat | None = None
+    """Models with experts: coefficient of the loss that keeps their load even (`model/routing.py` defines it; it is 1 where the
+    load is even). Left out, the model's own `router_aux_loss_coef` if its config sets `output_router_logits`, else 0."""
+    router_aux_scope: Literal["lane", "microbatch"] = "lane"
+    """Tokens over which the load shall be even: one lane's microbatch, or all lanes of a microbatch."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Bound of the one global gradient norm over all modules; null turns clipping off."""
+    log_every: PositiveInt = 10
+    """Steps between log lines."""
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> "TrainConfig":
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} is more than steps={self.steps}; the peak would never be reached")
+        return self

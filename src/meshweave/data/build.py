@@ -1,0 +1,61 @@
+"""Which dataset does a run file name?"""
+
+from typing import Any
+
+from transformers import AutoProcessor, PreTrainedConfig
+
+from meshweave.config import DataConfig, RunConfig
+from meshweave.data.dataset import Dataset, Source
+from meshweave.data.loader import require_full_step
+from meshweave.data.processed import ProcessedDataset
+from meshweave.data.quickstart import DigitsSource
+from meshweave.data.sources.llava_json import LlavaJson
+from meshweave.data.synthetic import SyntheticDataset
+from meshweave.errors import ConfigError
+
+
+def build_datasets(run: RunConfig, config: PreTrainedConfig) -> tuple[Dataset, Dataset | None]:
+    """Training data and, where the run file names any, held-out data.
+
+    Raises:
+        ConfigError: the run file names no data.
+        DataError: a data file cannot be read, or there are fewer training samples than a step takes.
+    """
+    if run.data is None:
+        raise ConfigError("data: missing; a run that trains needs to know what to read")
+    data = run.data
+    training: Dataset
+    held_out: Dataset | None
+    if data.source == "synthetic":
+        training = SyntheticDataset(config, data.samples or run.train.batch_size * run.train.steps, run.seed)
+        held_out = SyntheticDataset(config, data.eval_samples, run.seed + 1) if data.eval_samples else None
+    else:
+        processor = _processor(run)
+        source, held_out_source = _sources(data, run.train.batch_size * run.train.steps)
+        training = ProcessedDataset(source, processor)
+        held_out = ProcessedDataset(held_out_source, processor) if held_out_source else None
+    require_full_step(training, run.train.batch_size)
+    return training, held_out
+
+
+def dataset_of(run: RunConfig, config: PreTrainedConfig) -> Dataset:
+    """A run's training data, or a step of random samples where the run file names none; raises as `build_datasets`."""
+    if run.data is None:
+        return SyntheticDataset(config, run.train.batch_size, run.seed)
+    return build_datasets(run, config)[0]
+
+
+def _sources(data: DataConfig, needed: int) -> tuple[Source, Source | None]:
+    if data.source == "digits":
+        held_out = DigitsSource("held_out", data.eval_samples) if data.eval_samples else None
+        return DigitsSource("train", data.samples or needed), held_out
+    assert data.path is not None  # the config has checked it
+    return LlavaJson(data.path, data.images), LlavaJson(data.eval_path, data.images) if data.eval_path else None
+
+
+def _processor(run: RunConfig) -> Any:
+    try:
+        # The PIL image processors: torchvision is not a dependency.
+        return AutoProcessor.from_pretrained(run.model, backend="pil")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"model: {str(run.model)!r} has no processor that transformers can load ({error})") from error

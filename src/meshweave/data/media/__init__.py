@@ -1,0 +1,1 @@
+"""What is a medium, before a processor sees it? One file a kind."""

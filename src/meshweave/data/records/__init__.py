@@ -1,0 +1,1 @@
+"""What does a record mean? One file a form in which tools write conversations."""

@@ -1,0 +1,1 @@
+"""What would a run do? Starts no process."""

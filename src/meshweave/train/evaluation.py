@@ -1,0 +1,47 @@
+"""How good is the model on held-out data?"""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from meshweave.config import RunConfig
+from meshweave.data.dataset import Dataset
+from meshweave.parallel.build import LocalModel
+from meshweave.step.loading import build_loader
+from meshweave.step.run import run_step
+from meshweave.step.schedules import agreed_schedule
+from meshweave.step.worker import Travel
+from meshweave.world import World
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out totals."""
+
+    loss: float
+    exact: int
+    samples: int
+
+
+def evaluate(
+    world: World, run: RunConfig, config: PreTrainedConfig, model: LocalModel, dataset: Dataset, travel: Travel
+) -> Evaluation:
+    """One forward pass over held-out data, in the run's layouts.
+
+    A sample is exact if every target token is the most likely one given those before it: what greedy decoding would write.
+    """
+    schedule = agreed_schedule(world, run, config, dataset, training=False)
+    loader = build_loader(run, dataset, world, schedule, model.part.rule, training=False)
+    for part in model.modules.values():
+        for stage in part.stages.values():
+            stage.eval()
+    results = [run_step(model, step, world, schedule, travel) for step in loader.steps(0, loader.steps_per_epoch)]
+    for part in model.modules.values():
+        for stage in part.stages.values():
+            stage.train()
+    targets = sum(totals.targets for totals in results)
+    return Evaluation(
+        sum(totals.loss_sum for totals in results) / max(1, targets),
+        sum(totals.exact for totals in results),
+        sum(totals.samples for totals in results),
+    )
