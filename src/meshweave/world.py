@@ -56,9 +56,13 @@ class World:
         """Whether this rank counts its language-model lane's samples and targets, for all ranks of the lane's last stage."""
         language = self.placements[LANGUAGE]
         coordinate = language.coordinate(self.rank)
-        if coordinate is None or coordinate["pp"] != language.layout.pp - 1:
-            return False
-        return all(index == 0 for axis, index in coordinate.items() if axis not in ("dp", "pp"))
+        return self.speaks_for_stage and coordinate is not None and coordinate["pp"] == language.layout.pp - 1
+
+    @property
+    def speaks_for_stage(self) -> bool:
+        """Whether this rank is the first of those that share a lane and a stage of the language model."""
+        coordinate = self.placements[LANGUAGE].coordinate(self.rank)
+        return coordinate is not None and all(index == 0 for axis, index in coordinate.items() if axis not in ("dp", "pp"))
 
 
 def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result | None:

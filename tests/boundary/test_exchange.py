@@ -8,6 +8,7 @@ from itertools import chain, cycle
 import pytest
 import torch
 import torch.distributed as dist
+from support.lanes import zigzag_positions
 from support.ranks import run_ranks
 from torch import Tensor
 
@@ -22,7 +23,6 @@ from meshweave.boundary import (
     slice_ownership,
     split_positions,
     transfer,
-    zigzag_positions,
 )
 from meshweave.boundary.ownership import Array
 from meshweave.errors import LayoutError

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.lanes import zigzag_positions
 
 from meshweave.boundary import (
     Ownership,
@@ -11,7 +12,6 @@ from meshweave.boundary import (
     lane_ownership,
     slice_ownership,
     split_positions,
-    zigzag_positions,
 )
 from meshweave.errors import LayoutError
 
@@ -81,11 +81,6 @@ def test_an_inconsistent_ownership_is_refused(total: int, shares: list[Share], m
 def test_lanes_that_do_not_deal_out_every_item_once_are_refused(lanes: list[list[int]], message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         lane_ownership([2, 2, 2], lanes, [[0], [1]])
-
-
-def test_zigzag_pairs_an_early_chunk_with_a_late_one() -> None:
-    parts = [part.tolist() for part in zigzag_positions(24, 3)]
-    assert parts == [[[0, 4], [20, 24]], [[4, 8], [16, 20]], [[8, 12], [12, 16]]]
 
 
 def test_splitting_a_zigzag_part_cuts_its_concatenation() -> None:

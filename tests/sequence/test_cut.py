@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.lanes import MASKS, packed, sequences
+from support.lanes import MASKS, packed, sequences, zigzag_positions
 
-from meshweave.boundary import zigzag_positions
 from meshweave.errors import LayoutError
 from meshweave.sequence import LaneSequence, Mask, cut_sequence, multiple_of, sight
 from meshweave.sequence import cut as cut_module

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from hypothesis import strategies as st
 
+from meshweave.boundary import split_positions
 from meshweave.sequence import Document, LaneSequence, Mask
 
 MASKS = [Mask(), Mask(1), Mask(5), Mask(None, True), Mask(3, True), Mask(40, True)]
@@ -18,6 +20,12 @@ def packed(length: int, lengths: Sequence[int], span: int = 0, gap: int = 0) -> 
         documents.append(Document(at, stop, tuple((start, start + span) for start in starts)))
         at = stop
     return LaneSequence(length, tuple(documents))
+
+
+def zigzag_positions(length: int, parts: int) -> list[np.ndarray]:
+    """One causal document over `parts` ranks: part i has chunks i and 2·parts-1-i of 2·parts chunks."""
+    chunks = split_positions([(0, length)], 2 * parts)
+    return [np.concatenate([chunks[index], chunks[-1 - index]]) for index in range(parts)]
 
 
 @st.composite

@@ -7,7 +7,6 @@ from meshweave.boundary.ownership import (
     lane_ownership,
     slice_ownership,
     split_positions,
-    zigzag_positions,
 )
 from meshweave.boundary.transfer import Message, Moves, RankPlan, RankStage, TransferPlan, plan_transfer
 
@@ -27,5 +26,4 @@ __all__ = [
     "slice_ownership",
     "split_positions",
     "transfer",
-    "zigzag_positions",
 ]

@@ -153,7 +153,8 @@ def slice_ownership(lane_runs: Sequence[Sequence[tuple[int, int]]], lane_slices:
         lane_runs: per lane, its runs of media tokens as (position in the lane's sequence, tokens), in
             destination order; tokens are numbered through all runs, lane after lane.
         lane_slices: per lane, who needs which part of the sequence: shares whose intervals are *positions* of
-            the lane's sequence (see `split_positions`, `zigzag_positions`); rows follow the intervals' order.
+            the lane's sequence (see `split_positions`; for context parallelism `sequence.cut.cut_sequence`); rows follow the
+            intervals' order.
 
     Raises `LayoutError` as `Ownership` does: a media token whose position no slice covers is in no share.
     """
@@ -193,12 +194,6 @@ def split_positions(intervals: Intervals, parts: int) -> list[Array]:
     row, part, start, stop = overlap(ends - rows[:, 1] + rows[:, 0], ends, cut, cut + length // parts)
     shift = (rows[:, 1] - ends)[row]
     return [np.stack([start + shift, stop + shift], axis=1)[part == index] for index in range(parts)]
-
-
-def zigzag_positions(length: int, parts: int) -> list[Array]:
-    """Context parallelism with equal causal work: part i has chunks i and 2·parts-1-i of 2·parts chunks."""
-    chunks = split_positions([(0, length)], 2 * parts)
-    return [np.concatenate([chunks[index], chunks[-1 - index]]) for index in range(parts)]
 
 
 def overlap(a_start: Array, a_stop: Array, b_start: Array, b_stop: Array) -> tuple[Array, Array, Array, Array]:

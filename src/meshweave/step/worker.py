@@ -217,13 +217,9 @@ class StepWorker:
         logits, routing = stage.routed.take(), self.model.routing
         if routing is None or not logits or not torch.is_grad_enabled():
             return ()
-        placement, mesh = self.world.placements[LANGUAGE], self.world.meshes[LANGUAGE]
-        coordinate = placement.coordinate(self.world.rank)
-        assert coordinate is not None
-        speaks = all(index == 0 for axis, index in coordinate.items() if axis not in ("pp", "dp"))
-        targets = int((batch.labels[:, 1:] != IGNORE).sum()) if speaks else 0
+        targets = int((batch.labels[:, 1:] != IGNORE).sum()) if self.world.speaks_for_stage else 0
         real = torch.from_numpy(batch.grid.real())[:, self.model.part.own(batch.grid)]
-        groups = _token_groups(self.model.part, mesh, routing.scope)
+        groups = _token_groups(self.model.part, self.world.meshes[LANGUAGE], routing.scope)
         its = balance(logits, real.flatten().to(self.world.device), targets, routing, groups)
         self.load[stage.routed.layers] += its.load
         self.sums[4] += its.loss.detach()

@@ -70,8 +70,10 @@ def sequence_attention(
     if u == 1:
         return ring_attention(query, key, value, ring, scale).transpose(1, 2), None
     order, back, group = sequence.ulysses(u, query.device)
-    q, k, v = (to_heads(x, order, group) for x in (query, key, value))
-    return to_rows(ring_attention(q, k, v, ring, scale), back, group).transpose(1, 2), None
+    counts = [sequence.rows] * u
+    q, k, v = (to_heads(x[0], counts, group).index_select(1, order)[None] for x in (query, key, value))
+    attended = ring_attention(q, k, v, ring, scale)[0].index_select(1, back)
+    return to_rows(attended, counts, group).transpose(0, 1)[None], None
 
 
 AttentionInterface.register(IMPLEMENTATION, sequence_attention)

@@ -4,7 +4,6 @@ For encoders that take the patches of all items as one sequence. What comes befo
 patches; what comes out, media tokens, is gathered, so that every rank has all of them and gets the gradient of all of them.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.nn import functional
 from transformers import AttentionInterface
 
 from meshweave.model.families.plan import PatchPlan, matches
+from meshweave.parallel.context.ulysses import to_heads, to_rows
 
 PATCH_IMPLEMENTATION = "meshweave_flash_patches"
 """Models that find `flash` in it give attention all patches at once, and where each sequence of them ends."""
@@ -103,39 +102,16 @@ def patch_attention(
     Returns `[1, own patches, heads, dim]` and no weights.
     """
     lengths = [*cu_seq_lens_q.diff().tolist(), shares.padding]
-    parts = [_to_heads(x[0], shares).split(lengths, dim=1) for x in (query, key, value)]
+    parts = [to_heads(x[0], shares.counts, shares.group).split(lengths, dim=1) for x in (query, key, value)]
     outputs = [
         functional.scaled_dot_product_attention(q[None], k[None], v[None], dropout_p=dropout, scale=scaling)[0]
         for q, k, v in zip(*parts, strict=True)
         if q.shape[1]
     ]
-    return _to_rows(torch.cat(outputs, dim=1), shares).transpose(0, 1)[None], None
+    return to_rows(torch.cat(outputs, dim=1), shares.counts, shares.group).transpose(0, 1)[None], None
 
 
 AttentionInterface.register(PATCH_IMPLEMENTATION, patch_attention)
-
-
-def _to_heads(x: Tensor, shares: Shares) -> Tensor:
-    """`[heads, own patches, dim]` to `[heads / ranks, all patches, dim]`."""
-    heads, rows, dim = x.shape
-    each = heads // len(shares.counts)
-    sizes = [each * count * dim for count in shares.counts]
-    found = _swap(x, [each * rows * dim] * len(shares.counts), sizes, shares.group)
-    return torch.cat([part.view(each, -1, dim) for part in found.split(sizes)], dim=1)
-
-
-def _to_rows(x: Tensor, shares: Shares) -> Tensor:
-    """The inverse of `_to_heads`."""
-    each, _, dim = x.shape
-    rows = shares.counts[dist.get_rank(shares.group)]
-    joined = torch.cat([part.flatten() for part in x.split(list(shares.counts), dim=1)])
-    sizes = [each * count * dim for count in shares.counts]
-    return _swap(joined, sizes, [each * rows * dim] * len(shares.counts), shares.group).view(-1, rows, dim)
-
-
-def _swap(x: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    swapped: Tensor = all_to_all_single_autograd(x.contiguous().flatten(), list(received), list(sent), group)
-    return swapped
 
 
 class _Gather(torch.autograd.Function):
