@@ -1,7 +1,7 @@
 """Which tests are quick? Those that took under a second when the whole suite was last measured: `make check` runs them.
 
-`pytest --quick` leaves out what `slow.txt` lists; `pytest --measure` writes that list from a whole run. A new test counts as quick
-until then.
+`pytest --quick` leaves out what `slow.txt` lists; `pytest --measure` writes that list from a whole run. A new test counts as
+quick until then.
 """
 
 from collections import Counter
