@@ -1,13 +1,12 @@
 """Which dataset does a run file name?"""
 
-from typing import Any
-
-from transformers import AutoProcessor, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from meshweave.config import DataConfig, RunConfig
 from meshweave.data.dataset import Dataset, Source
 from meshweave.data.loader import require_full_step
 from meshweave.data.processed import ProcessedDataset
+from meshweave.data.processor import load_processor
 from meshweave.data.quickstart import DigitsSource
 from meshweave.data.sources.llava_json import LlavaJson
 from meshweave.data.synthetic import SyntheticDataset
@@ -30,7 +29,7 @@ def build_datasets(run: RunConfig, config: PreTrainedConfig) -> tuple[Dataset, D
         training = SyntheticDataset(config, data.samples or run.train.batch_size * run.train.steps, run.seed)
         held_out = SyntheticDataset(config, data.eval_samples, run.seed + 1) if data.eval_samples else None
     else:
-        processor = _processor(run)
+        processor = load_processor(run.model)
         source, held_out_source = _sources(data, run.train.batch_size * run.train.steps)
         training = ProcessedDataset(source, processor)
         held_out = ProcessedDataset(held_out_source, processor) if held_out_source else None
@@ -51,11 +50,3 @@ def _sources(data: DataConfig, needed: int) -> tuple[Source, Source | None]:
         return DigitsSource("train", data.samples or needed), held_out
     assert data.path is not None  # the config has checked it
     return LlavaJson(data.path, data.images), LlavaJson(data.eval_path, data.images) if data.eval_path else None
-
-
-def _processor(run: RunConfig) -> Any:
-    try:
-        # The PIL image processors: torchvision is not a dependency.
-        return AutoProcessor.from_pretrained(run.model, backend="pil")
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"model: {str(run.model)!r} has no processor that transformers can load ({error})") from error

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from meshweave.batch.plan import MediaMeta, SampleMeta
 from meshweave.data.dataset import IGNORE, RawSample, Source, with_runs
-from meshweave.data.footprint import Footprint, footprint_of, processed
-from meshweave.errors import ConfigError, DataError
+from meshweave.data.footprint import Footprint, footprint_of, process_image
+from meshweave.errors import DataError
 
 _DUMMY_SIZE = (32, 32)
 _ENCODER_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids")
@@ -47,7 +47,6 @@ class ProcessedDataset:
         cost: Callable[[MediaMeta], float] = patches,
     ) -> None:
         self.source, self.processor, self.module, self.cost = source, processor, module, cost
-        _require(processor)
         # What the model replaces by media tokens; Gemma 3's processor calls its start mark `image_token`.
         self.placeholder: str = getattr(processor.tokenizer, "image_token", None) or processor.image_token
         of_size: Callable[[tuple[int, int]], Footprint] = footprint_of(processor, self.placeholder)
@@ -84,11 +83,7 @@ class ProcessedDataset:
 
     def media(self, index: int, slot: int) -> dict[str, Tensor]:
         """The image processor's output for one image. Raises `DataError` if the image cannot be decoded."""
-        image = self.source[index].media[slot].load()
-        try:
-            return self._process(image)
-        except ValueError as error:  # e.g. an aspect ratio that the image processor refuses
-            raise DataError(f"image {slot}: the image processor refuses it ({error})") from error
+        return self._process(self.source[index].media[slot].load())
 
     def dummy_media(self, module: str) -> dict[str, Tensor]:
         """A small blank image."""
@@ -152,28 +147,18 @@ class ProcessedDataset:
         return tokenizer(text, add_special_tokens=not written, return_offsets_mapping=True)
 
     def _process(self, image: Image.Image) -> dict[str, Tensor]:
-        raw = processed(self.processor, image)
-        found = {key: raw[key] for key in _ENCODER_INPUTS if key in raw}
-        if found["pixel_values"].ndim == 5:  # [images, squares, …]: images of several numbers of squares are joined by square
-            found["pixel_values"] = found["pixel_values"].flatten(0, 1)
-        return found
+        raw, found = process_image(self.processor, image, self.placeholder)
+        planned = self._footprint((image.height, image.width))
+        if found != planned:
+            raise DataError(
+                f"the processor makes {found.tokens} media tokens of grid {found.grid} of a picture {image.width} wide and "
+                f"{image.height} high, where its own arithmetic says {planned.tokens} and {planned.grid}",
+                "processor",
+            )
+        inputs = {key: raw[key] for key in _ENCODER_INPUTS if key in raw}
+        if inputs["pixel_values"].ndim == 5:  # [images, squares, …]: images of several numbers of squares are joined by square
+            inputs["pixel_values"] = inputs["pixel_values"].flatten(0, 1)
+        return inputs
 
     def _footprints(self, sample: RawSample) -> list[Footprint]:
-        sizes = [item.size() for item in sample.media]
-        try:
-            return [self._footprint(size) for size in sizes]
-        except ValueError as error:  # e.g. an aspect ratio that the image processor refuses
-            raise DataError(f"the image processor refuses a (height, width) of {sizes}: {error}") from error
-
-
-def _require(processor: Any) -> None:
-    name = type(processor).__name__
-    if not getattr(processor, "chat_template", None):
-        raise ConfigError(f"{name} has no chat template; save a `chat_template.jinja` in the model folder")
-    if getattr(processor, "image_token", None) is None:
-        raise ConfigError(f"{name} has no `image_token`; give a processor that marks images with one")
-    if not getattr(processor.tokenizer, "is_fast", False):
-        raise ConfigError(
-            f"{type(processor.tokenizer).__name__} is not a fast tokenizer, so the answers' tokens cannot be "
-            "located; save a `tokenizer.json` in the model folder"
-        )
+        return [self._footprint(item.size()) for item in sample.media]
