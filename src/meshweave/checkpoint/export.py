@@ -1,9 +1,10 @@
 """How does a trained model leave? As an ordinary Hugging Face folder."""
 
+import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from meshweave.checkpoint.collect import gather_led, whole_values
 from meshweave.config import RunConfig
@@ -12,10 +13,13 @@ from meshweave.model.weights import fill_pretrained, fill_seeded, materialise
 from meshweave.parallel.build import LocalModel
 from meshweave.world import World
 
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"}
+"""Endings of files that hold weights, which training has changed."""
+
 
 def export_model(world: World, model: LocalModel, config: PreTrainedConfig, run: RunConfig, folder: Path) -> None:
-    """Gathers every parameter on rank 0, which writes `folder` with the processor of the run's model. A collective over all
-    ranks."""
+    """Gathers every parameter on rank 0, which writes `folder`, with the other files of the run's model folder. A collective
+    over all ranks."""
     gathered = gather_led(model, world, whole_values(model))
     if world.rank != 0:
         return
@@ -28,8 +32,18 @@ def export_model(world: World, model: LocalModel, config: PreTrainedConfig, run:
     if (source / "generation_config.json").exists():
         stock.generation_config = GenerationConfig.from_pretrained(source)
     stock.save_pretrained(folder)
-    if any((source / file).exists() for file in ("processor_config.json", "preprocessor_config.json")):
-        AutoProcessor.from_pretrained(source, backend="pil").save_pretrained(folder)
+    _copy_others(source, folder)
+
+
+def _copy_others(source: Path, folder: Path) -> None:
+    """Tokenizer, processor and template files, licence, code: whatever else the input folder holds, as it is."""
+    for file in sorted(source.rglob("*")):
+        place = file.relative_to(source)
+        hidden = any(part.startswith(".") for part in place.parts)
+        weights = file.suffix in _WEIGHTS or file.name.endswith(".index.json")
+        if file.is_file() and not hidden and not weights and not (folder / place).exists():
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / place)
 
 
 def _fill_buffers(stock: PreTrainedModel, config: PreTrainedConfig, run: RunConfig) -> None:
