@@ -24,6 +24,8 @@ class DataConfig(Strict):
     """`files`: the folder that names of media are relative to; the file's own folder if left out."""
     form: Literal["auto", "conversations", "messages", "query_response"] = "auto"
     """`files`: how records are written (docs/data.md); `auto` tells each by its keys."""
+    ignore_keys: tuple[str, ...] = ()
+    """`files`: keys of records that may stand there although nothing reads them."""
     eval_path: Path | None = None
     """`files`: held-out samples, evaluated at the end."""
     samples: PositiveInt | None = None
@@ -54,7 +56,7 @@ class DataConfig(Strict):
 
     @model_validator(mode="after")
     def _keys_fit_the_source(self) -> "DataConfig":
-        of_files, of_generated = {"path", "images", "eval_path", "form"}, {"samples", "eval_samples"}
+        of_files, of_generated = {"path", "images", "eval_path", "form", "ignore_keys"}, {"samples", "eval_samples"}
         unused = sorted((of_generated if self.source == "files" else of_files) & self.model_fields_set)
         if unused:
             raise ValueError(f"{', '.join(unused)}: source {self.source} does not read this; take it out or change the source")

@@ -1,5 +1,7 @@
 """Which dataset does a run file name?"""
 
+from pathlib import Path
+
 from transformers import PreTrainedConfig
 
 from meshweave.config import DataConfig, RunConfig
@@ -8,7 +10,7 @@ from meshweave.data.loader import require_full_step
 from meshweave.data.processed import ProcessedDataset
 from meshweave.data.processor import load_processor
 from meshweave.data.quickstart import DigitsSource
-from meshweave.data.sources.llava_json import LlavaJson
+from meshweave.data.sources import RecordSource, open_records
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import ConfigError
 
@@ -49,4 +51,9 @@ def _sources(data: DataConfig, needed: int) -> tuple[Source, Source | None]:
         held_out = DigitsSource("held_out", data.eval_samples) if data.eval_samples else None
         return DigitsSource("train", data.samples or needed), held_out
     assert data.path is not None  # the config has checked it
-    return LlavaJson(data.path, data.images), LlavaJson(data.eval_path, data.images) if data.eval_path else None
+    return open_source(data, data.path), open_source(data, data.eval_path) if data.eval_path else None
+
+
+def open_source(data: DataConfig, path: Path) -> RecordSource:
+    """The records of a file or folder, read as the run file says. Raises DataError if it cannot be opened."""
+    return RecordSource(open_records(path), data.form, data.images or (path if path.is_dir() else path.parent), data.ignore_keys)

@@ -25,8 +25,8 @@ class PixtralProcessor(ProcessorMixin):  # type: ignore[misc]
         self.image_token, self.image_break_token, self.image_end_token = image_token, image_break_token, image_end_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
 
-    @property
-    def image_token_ids(self) -> list[int]:
+    @property  # type: ignore[misc]
+    def image_token_ids(self) -> list[int | None]:
         marks = (self.image_token, self.image_break_token, self.image_end_token)
         return [self.tokenizer.convert_tokens_to_ids(mark) for mark in marks]
 

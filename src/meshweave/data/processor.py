@@ -6,6 +6,7 @@ other packages. What is read here is text and pictures: the other parts are left
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,9 +39,8 @@ def load_processor(folder: Path) -> Any:
         if name in _READ:
             # The PIL image processors: torchvision is not a dependency.
             options = {"backend": "pil"} if name == "image_processor" else {}
-            parts[name] = _read(
-                folder, _FILES[name], lambda name=name, options=options: _READ[name].from_pretrained(folder, **options)
-            )
+            load = partial(_READ[name].from_pretrained, folder, **options)
+            parts[name] = _read(folder, _FILES[name], load)
         else:
             parts[name] = None
     settings, _ = _read(folder, "processor_config.json or the chat template", lambda: stock.get_processor_dict(folder))
