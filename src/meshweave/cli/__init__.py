@@ -3,6 +3,7 @@
 import typer
 
 from meshweave.cli.balance import balance_command
+from meshweave.cli.data import data_app
 from meshweave.cli.inspect import inspect_command
 from meshweave.cli.simulate import simulate_command
 from meshweave.cli.train import train_command
@@ -20,3 +21,4 @@ app.command("inspect")(inspect_command)
 app.command("simulate")(simulate_command)
 app.command("balance")(balance_command)
 app.command("verify")(verify_command)
+app.add_typer(data_app, name="data")

@@ -28,7 +28,7 @@ def check_command(
 ) -> None:
     """Go through all data of a run: faults by kind, tokens, targets, pictures, what limits leave out; histograms as PNG. Exit
     code 1 where a run would stop."""
-    from meshweave.data.build import processed_of
+    from meshweave.data.build import data_to_check
     from meshweave.model.blueprint import read_model_config
     from meshweave.preview.check_data import check_samples
     from meshweave.preview.show_data import first_readable
@@ -37,7 +37,7 @@ def check_command(
 
     def work() -> None:
         run = load_config(run_file, overrides or ())
-        dataset, name = processed_of(run, read_model_config(run.model))
+        dataset, name = data_to_check(run, read_model_config(run.model))
         count = min(len(dataset), samples or len(dataset))
         console = Console()
         with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -1,5 +1,6 @@
 """Which dataset does a run file name?"""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedConfig
@@ -12,6 +13,7 @@ from meshweave.data.processor import load_processor
 from meshweave.data.quickstart import DigitsSource
 from meshweave.data.sources import RecordSource, open_records
 from meshweave.data.synthetic import SyntheticDataset
+from meshweave.data.targets import Answers
 from meshweave.errors import ConfigError
 
 
@@ -19,8 +21,8 @@ def build_datasets(run: RunConfig, config: PreTrainedConfig) -> tuple[Dataset, D
     """Training data and, where the run file names any, held-out data.
 
     Raises:
-        ConfigError: the run file names no data.
-        DataError: a data file cannot be read, or there are fewer training samples than a step takes.
+        ConfigError: the run file names no data, or the model folder has no processor.
+        DataError: a data file cannot be opened, or there are fewer training samples than a step takes.
     """
     if run.data is None:
         raise ConfigError("data: missing; a run that trains needs to know what to read")
@@ -31,12 +33,27 @@ def build_datasets(run: RunConfig, config: PreTrainedConfig) -> tuple[Dataset, D
         training = SyntheticDataset(config, data.samples or run.train.batch_size * run.train.steps, run.seed)
         held_out = SyntheticDataset(config, data.eval_samples, run.seed + 1) if data.eval_samples else None
     else:
-        processor = load_processor(run.model)
         source, held_out_source = _sources(data, run.train.batch_size * run.train.steps)
-        training = ProcessedDataset(source, processor)
-        held_out = ProcessedDataset(held_out_source, processor) if held_out_source else None
+        training, *others = processed(run, data, config, [source, *([held_out_source] if held_out_source else [])])
+        held_out = others[0] if others else None
     require_full_step(training, run.train.batch_size)
     return training, held_out
+
+
+def processed(run: RunConfig, data: DataConfig, config: PreTrainedConfig, sources: Sequence[Source]) -> list[ProcessedDataset]:
+    """Sources seen through the processor of the run's model. Raises ConfigError if it has none."""
+    processor = load_processor(run.model)
+    answers = Answers.of(processor, run.model, train_on=data.train_on, reasoning=data.reasoning)
+    vocabulary = config.get_text_config().vocab_size
+    return [ProcessedDataset(source, processor, answers, data, vocabulary) for source in sources]
+
+
+def data_to_check(run: RunConfig, config: PreTrainedConfig) -> tuple[ProcessedDataset, str]:
+    """A run's training data, and what to call it. Raises as `build_datasets`, and ConfigError for random samples."""
+    if run.data is None or run.data.source == "synthetic":
+        raise ConfigError("data: the run file names no data that could be checked; give data.path")
+    source, _ = _sources(run.data, run.train.batch_size * run.train.steps)
+    return processed(run, run.data, config, [source])[0], str(run.data.path or run.data.source)
 
 
 def dataset_of(run: RunConfig, config: PreTrainedConfig) -> Dataset:
