@@ -102,7 +102,7 @@ def test_code_of_a_folder_is_not_run_and_nobody_is_asked(tmp_path: Path, monkeyp
     (folder / "config.json").write_text(json.dumps({"model_type": "own"}))
     (folder / "own.py").write_text("raise SystemExit('ran')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    with pytest.raises(ConfigError, match="transformers cannot read preprocessor_config.json"):
+    with pytest.raises(ConfigError, match=r"transformers cannot read preprocessor_config\.json"):
         load_processor(folder)
 
 

@@ -53,7 +53,7 @@ def process_image(processor: Any, image: Image.Image, placeholder: str) -> tuple
 
 
 def footprint_of(processor: Any, placeholder: str) -> FootprintOf:
-    """Of (height, width): by the arithmetic of its image processor if that holds for all `PROBES`, else it is shown a blank image.
+    """Of (height, width): by its image processor's arithmetic if that holds for all `PROBES`, else it is shown a blank image.
 
     What is returned raises DataError where the processor refuses a size.
     """
