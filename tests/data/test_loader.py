@@ -13,6 +13,7 @@ from support.ranks import run_ranks
 
 from meshweave.batch.plan import EncoderPasses, MediaMeta, SampleMeta
 from meshweave.batch.slots import Packing
+from meshweave.data.faults import Fault, FaultLog
 from meshweave.data.loader import EncoderRole, Loader, LocalStep
 from meshweave.errors import DataError, LayoutError
 
@@ -273,7 +274,7 @@ def steps_of_a_rank(rank: int, missing: frozenset[int], broken: frozenset[int], 
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("meshweave.data.loader").addHandler(handler)
+    logging.getLogger("meshweave.data.faults").addHandler(handler)
     dataset = Ragged(missing=missing, broken=broken)
     return list(loader(dataset, rank).steps(start, 8, prefetch=prefetch)), lines, dataset.reads["media"]
 
@@ -324,7 +325,7 @@ def budget_of_a_rank(rank: int, on_error: str):
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("meshweave.data.loader").addHandler(handler)
+    logging.getLogger("meshweave.data.faults").addHandler(handler)
     load = loader(Ragged(), rank, packing=Packing(packed=True, max_tokens=6), on_error=on_error, microbatches=8)
     try:
         step = load.step(0)
@@ -363,7 +364,7 @@ def test_a_step_that_does_not_fit_the_budget_is_refused_and_a_plan_shows_it_with
 def test_a_run_in_which_nothing_can_be_read_stops():
     broken = loader(Ragged(missing=frozenset(range(64))), grouped=False)
     broken.step(0)
-    with pytest.raises(DataError, match="not one of the first 32 samples can be read; sample"):
+    with pytest.raises(DataError, match=r"not one of 32 samples can be trained; of all so far:\n  32 × "):
         broken.step(1)
 
 
@@ -378,3 +379,38 @@ def test_a_sample_whose_text_is_not_as_long_as_its_metadata_says_is_skipped_by_n
     assert f"sample {odd} is skipped: its text has" in caplog.text
     with pytest.raises(DataError, match=f"sample {odd}: its text has"):
         loader(Longer(), 0, grouped=False, on_error="stop").step(0)
+
+
+def faults_of(kinds: str) -> dict[int, Fault]:
+    """A fault a letter: b(roken), f(orm), o(n purpose)."""
+    names = {"b": ("broken file", False), "f": ("form", False), "o": ("too long", True)}
+    return {number: Fault(names[kind][0], f"{number}: {kind}", names[kind][1]) for number, kind in enumerate(kinds)}
+
+
+def test_more_unreadable_samples_of_a_window_than_the_bound_stop_a_run_with_the_reasons_counted():
+    log = FaultLog(most=0.05)
+    for _ in range(50):
+        log.count(100, faults_of("bbff"))  # 4 %
+    with pytest.raises(DataError, match=r"52 of the last 1000 .*max_skipped=0.05") as error:
+        for _ in range(10):
+            log.count(100, faults_of("bbbbbff"))
+    lines = str(error.value).splitlines()
+    assert lines[1] == "  120 × broken file, e.g. 0: b"
+    assert lines[2] == "  108 × form, e.g. 2: f"
+
+
+def test_a_few_bad_samples_at_the_start_do_not_stop_a_run():
+    log = FaultLog(most=0.05)
+    log.count(4, faults_of("bf"))
+    log.count(4, faults_of("b"))
+
+
+def test_what_is_left_out_on_purpose_stops_a_run_only_where_nothing_else_is_there():
+    log = FaultLog(stop=True, most=0.0)
+    for _ in range(20):
+        log.name(faults_of("ooo"))
+        log.count(4, faults_of("ooo"))
+    log = FaultLog()
+    with pytest.raises(DataError, match="not one of 20 samples can be trained"):
+        for _ in range(5):
+            log.count(4, faults_of("oooo"))

@@ -203,7 +203,7 @@ LONG = RawSample([turn("user", "<>", "What?"), turn("assistant", "cat " * 60)], 
 def test_a_sample_that_is_too_long_is_left_out_or_its_text_cut():
     processor = processor_of("qwen3_vl")
     whole_ids, whole_labels = ProcessedDataset([LONG], processor).text(0)
-    with pytest.raises(LeftOutError, match=r"sample 0: it has \d+ tokens, more than data.max_length=80") as caught:
+    with pytest.raises(LeftOutError, match=r"it has \d+ tokens, more than data.max_length=80") as caught:
         ProcessedDataset([LONG], processor, limits=limited(max_length=80)).meta(0)
     assert caught.value.kind == "too long"
     dataset = ProcessedDataset([LONG], processor, limits=limited(max_length=80, too_long="cut"))
@@ -280,7 +280,7 @@ def test_two_ranks_share_a_folder_with_a_missing_and_a_cut_off_image(tmp_path):
 
 def test_a_picture_that_is_too_elongated_leaves_its_sample_out_by_name():
     ribbon = RawSample([turn("user", "<>"), turn("assistant", "a")], [picture(300, 1)])
-    with pytest.raises(DataError, match=r"sample 0: a picture 300 wide and 1 high is more than 200 times as long") as caught:
+    with pytest.raises(DataError, match=r"a picture 300 wide and 1 high is more than 200 times as long") as caught:
         ProcessedDataset([ribbon], processor_of("qwen3_vl")).meta(0)
     assert caught.value.kind == "processor"
 

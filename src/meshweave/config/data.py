@@ -63,10 +63,4 @@ class DataConfig(Strict):
         if self.source == "files":
             if self.path is None:
                 raise ValueError("source files needs `path`, the file or folder to read")
-            for key in ("path", "images", "eval_path"):
-                value = getattr(self, key)
-                if value is not None and not value.exists():
-                    raise ValueError(f"{key} {str(value)!r} does not exist (looked in {Path.cwd()})")
-                if value is not None and value.is_dir() != (key == "images"):
-                    raise ValueError(f"{key} {str(value)!r} is a {'folder' if value.is_dir() else 'file'}, not what is expected")
         return self

@@ -7,6 +7,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeI
 LANGUAGE = "language"
 """Name of the language model among a run's modules; every other module is an encoder."""
 
+MODULES = (LANGUAGE, "vision", "audio")
+"""Names of modules that models have (`model/modules.py` says how each runs)."""
+
 
 def ranks_from_text(value: Any) -> Any:
     """`0-3`, `0,2,4-7`, `5` and `[0, 2]` all mean a tuple of ranks."""

@@ -1,13 +1,13 @@
 """How does a run file, with overrides, become a `RunConfig`?"""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from meshweave.config.messages import describe
+from meshweave.config.messages import describe, unknown_module
 from meshweave.config.run import RunConfig
 from meshweave.errors import ConfigError
 
@@ -42,11 +42,19 @@ def parse_config(tree: dict[str, Any], where: str = "run configuration") -> RunC
     Raises:
         ConfigError: any key or value is wrong; one message lists them all.
     """
+    modules = tree.get("modules")
+    named = modules if isinstance(modules, dict) else {}
+    unknown = {str(name): message for name in named if (message := unknown_module(str(name))) is not None}
+    lines = [f"modules.{name}: {message}" for name, message in unknown.items()]
     try:
-        return RunConfig.model_validate(tree)
+        run = RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [describe(dict(detail)) for detail in error.errors()]
-        raise ConfigError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+        details: list[dict[str, Any]] = [dict(detail) for detail in error.errors()]
+        # Of a module that is none, its keys are no further errors.
+        lines += [describe(detail) for detail in details if not _within(detail["loc"], unknown)]
+    if lines:
+        raise ConfigError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines))
+    return run
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -64,3 +72,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: {text!r} is not a YAML value: {error}") from error
+
+
+def _within(location: Sequence[Any], modules: Container[str]) -> bool:
+    return len(location) > 1 and location[0] == "modules" and str(location[1]) in modules

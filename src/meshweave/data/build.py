@@ -14,7 +14,7 @@ from meshweave.data.quickstart import DigitsSource
 from meshweave.data.sources import RecordSource, open_records
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.data.targets import Answers
-from meshweave.errors import ConfigError
+from meshweave.errors import ConfigError, DataError
 
 
 def build_datasets(run: RunConfig, config: PreTrainedConfig) -> tuple[Dataset, Dataset | None]:
@@ -63,6 +63,14 @@ def dataset_of(run: RunConfig, config: PreTrainedConfig) -> Dataset:
     return build_datasets(run, config)[0]
 
 
+def data_or_random(run: RunConfig, config: PreTrainedConfig) -> tuple[Dataset, str | None]:
+    """A run's training data, or random samples with the reason: for what is asked of a run whose data is not here (yet)."""
+    try:
+        return dataset_of(run, config), None
+    except (ConfigError, DataError) as error:
+        return SyntheticDataset(config, run.train.batch_size, run.seed), f"random samples stand in for the run's data: {error}"
+
+
 def _sources(data: DataConfig, needed: int) -> tuple[Source, Source | None]:
     if data.source == "digits":
         held_out = DigitsSource("held_out", data.eval_samples) if data.eval_samples else None
@@ -73,4 +81,6 @@ def _sources(data: DataConfig, needed: int) -> tuple[Source, Source | None]:
 
 def open_source(data: DataConfig, path: Path) -> RecordSource:
     """The records of a file or folder, read as the run file says. Raises DataError if it cannot be opened."""
+    if data.images is not None and not data.images.is_dir():
+        raise DataError(f"{data.images}: no such folder of images (looked in {Path.cwd()}); check data.images", "missing file")
     return RecordSource(open_records(path), data.form, data.images or (path if path.is_dir() else path.parent), data.ignore_keys)

@@ -1,6 +1,5 @@
 """What does a rank read for a step? The pixels it encodes and the text it embeds, by one shared plan."""
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,14 +15,11 @@ from meshweave.batch.plan import EVEN, EncoderPasses, MediaMeta, MicrobatchPlan,
 from meshweave.batch.slots import PADDED, Packing
 from meshweave.boundary.transfer import TransferPlan
 from meshweave.data.dataset import IGNORE, Dataset
+from meshweave.data.faults import Fault, FaultLog, unreadable
 from meshweave.data.join import join_media
 from meshweave.errors import DataError
 from meshweave.sequence.grid import UNCUT, LaneGrid, SequenceRule, lay_out
 
-logger = logging.getLogger(__name__)
-
-MOST_NAMED = 20
-"""Unreadable samples that the log names, one line each."""
 Value = TypeVar("Value")
 
 
@@ -59,14 +55,24 @@ class LocalStep:
     """What one rank holds of a step, on the CPU."""
 
     plan: StepPlan
-    skipped: int
-    """Samples of this step left out, on all ranks alike, because they cannot be read."""
+    faults: Mapping[int, Fault]
+    """Samples of this step that are not trained, on all ranks alike, and why."""
     language: tuple[LanguageBatch | None, ...]
     """Microbatch → this rank's lane; None on ranks outside the language model."""
     media: Mapping[str, tuple[MediaBatch | None, ...]]
     """Encoder → pass → this rank's lane; None on ranks outside the encoder, and where the lane has nothing to do."""
     crossings: Mapping[tuple[str, int], TransferPlan]
     """(encoder, microbatch) → who sends its media tokens to whom, where the microbatch has any."""
+
+    @property
+    def skipped(self) -> int:
+        """Samples of this step that cannot be read."""
+        return unreadable(self.faults)
+
+    @property
+    def left_out(self) -> int:
+        """Samples of this step that limits leave out, or that have nothing to learn from."""
+        return len(self.faults) - self.skipped
 
 
 @dataclass(frozen=True)
@@ -104,11 +110,12 @@ class Loader:
             loader's own use (it talks from a background thread). Without a group this process plans alone.
         on_error: what an unreadable sample does, on all ranks alike: "skip" names it once in the log of rank
             0 and leaves it out, "stop" raises the same `DataError` everywhere.
+        max_skipped: the share of unreadable samples from which "skip" stops, too.
         drop_last: leave out what is over after the last full batch of an epoch.
 
-    State: the samples already named in the log, how many could and could not be read, and one epoch's order.
-    Raises `DataError` if the dataset is smaller than one batch, and from `step` if nothing can be read at all; `LayoutError`
-    from `step` where samples do not fit into the token budget of their slots.
+    State: the faults met so far, and one epoch's order.
+    Raises `DataError` if the dataset is smaller than one batch, and from `step` if too little can be read; `LayoutError` from
+    `step` where samples do not fit into the token budget of their slots.
     """
 
     def __init__(
@@ -129,6 +136,7 @@ class Loader:
         seed: int = 0,
         shuffle: bool = True,
         on_error: Literal["skip", "stop"] = "skip",
+        max_skipped: float = 1.0,
         drop_last: bool = True,
     ) -> None:
         if drop_last or not len(dataset):
@@ -137,10 +145,9 @@ class Loader:
         self.language_lanes, self.language_lane, self.encoders = language_lanes, language_lane, dict(encoders)
         self.rank, self.world = (rank, world) if group is not None else (0, 1)
         self.rule, self.packing, self.crossing = rule, packing, crossing
-        self.group, self.seed, self.shuffle, self.on_error = group, seed, shuffle, on_error
+        self.group, self.seed, self.shuffle = group, seed, shuffle
+        self.log = FaultLog(on_error == "stop", max_skipped, named=self.rank == 0)
         self.steps_per_epoch = len(dataset) // batch_size if drop_last else -(-len(dataset) // batch_size)
-        self._named: set[int] = set()
-        self._readable = self._unreadable = 0
         self._order: tuple[int, np.ndarray] | None = None
 
     def steps(self, start: int, stop: int, *, prefetch: bool = True) -> Iterator[LocalStep]:
@@ -162,7 +169,7 @@ class Loader:
         metas, bad = self._agreed_metas(samples)
         reader = _Reader(self.dataset)
         while True:
-            self._report(bad)
+            self.log.name(bad)
             plan = self._planned([metas[sample] for sample in samples if sample not in bad])
             grids = [tuple(lay_out(lane, self.rule) for lane in microbatch.lanes) for microbatch in plan.microbatches]
             language = tuple(map(partial(self._load_language, reader), plan.microbatches, grids))
@@ -170,15 +177,15 @@ class Loader:
             # Decoding may still fail where a header was fine; all ranks then drop the sample and plan again.
             failed = self._agreed_failures({sample: why for sample, why in reader.failed.items() if sample not in bad})
             if not failed:
-                self._refuse_if_nothing_can_be_read(len(samples), bad)
-                return LocalStep(plan, len(bad), language, media, self._crossings(plan, grids))
+                self.log.count(len(samples), bad)
+                return LocalStep(plan, bad, language, media, self._crossings(plan, grids))
             bad |= failed
 
     def plan(self, number: int) -> StepPlan:
         """Where the samples of step `number` would go, from metadata alone. A collective call if there is a group."""
         samples = self.sample_ids(number)
         metas, bad = self._agreed_metas(samples)
-        self._report(bad)
+        self.log.name(bad)
         return self._planned([metas[sample] for sample in samples if sample not in bad])
 
     def _planned(self, metas: Sequence[SampleMeta]) -> StepPlan:
@@ -191,14 +198,6 @@ class Loader:
             packing=self.packing,
         )
 
-    def _refuse_if_nothing_can_be_read(self, samples: int, bad: Mapping[int, str]) -> None:
-        """Skipping is for exceptions: where every sample so far is unreadable, the path is wrong, not the file."""
-        self._readable += samples - len(bad)
-        self._unreadable += len(bad)
-        if not self._readable and self._unreadable >= MOST_NAMED:
-            first = min(bad)
-            raise DataError(f"not one of the first {self._unreadable} samples can be read; sample {first}: {bad[first]}")
-
     def sample_ids(self, number: int) -> list[int]:
         """The dataset indices of step `number`, before any is found unreadable."""
         epoch, position = divmod(number, self.steps_per_epoch)
@@ -209,23 +208,23 @@ class Loader:
         first = position * self.batch_size
         return [int(sample) for sample in self._order[1][first : first + self.batch_size]]
 
-    def _agreed_metas(self, samples: Sequence[int]) -> tuple[dict[int, SampleMeta], dict[int, str]]:
+    def _agreed_metas(self, samples: Sequence[int]) -> tuple[dict[int, SampleMeta], dict[int, Fault]]:
         """Metadata of all samples, and why others have none; each rank looks at its share of them only."""
         metas: dict[int, SampleMeta] = {}
-        bad: dict[int, str] = {}
+        bad: dict[int, Fault] = {}
         for sample in samples[self.rank :: self.world]:
             try:
                 meta = self.dataset.meta(sample)
                 self.packing.require_fit(meta.tokens)
                 metas[sample] = meta
             except DataError as error:
-                bad[sample] = str(error)
+                bad[sample] = Fault.of(error)
         if self.group is None:
             return metas, bad
         shares = self._gathered((metas, bad))
         return _union([share[0] for share in shares]), _union([share[1] for share in shares])
 
-    def _agreed_failures(self, failed: dict[int, str]) -> dict[int, str]:
+    def _agreed_failures(self, failed: dict[int, Fault]) -> dict[int, Fault]:
         if self.group is None:
             return failed
         any_failed = torch.tensor(len(failed))
@@ -236,16 +235,6 @@ class Loader:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value, group=self.group)
         return values
-
-    def _report(self, bad: Mapping[int, str]) -> None:
-        for sample in sorted(bad):
-            if self.on_error == "stop":
-                raise DataError(f"sample {sample}: {bad[sample]} (or set `data.on_error: skip` to leave it out)")
-            if self.rank == 0 and sample not in self._named:
-                self._named.add(sample)
-                if len(self._named) <= MOST_NAMED:
-                    more = "; further ones are counted, not named" if len(self._named) == MOST_NAMED else ""
-                    logger.warning("sample %d is skipped: %s%s", sample, bad[sample], more)
 
     def _crossings(self, plan: StepPlan, grids: Sequence[Sequence[LaneGrid]]) -> dict[tuple[str, int], TransferPlan]:
         if self.crossing is None:
@@ -270,7 +259,7 @@ class Loader:
                 continue  # all ranks will drop the sample and plan again
             if len(text[0]) != stop - start:
                 why = f"its text has {len(text[0])} tokens, but its metadata counts {stop - start}"
-                reader.failed.setdefault(sample.sample, why)
+                reader.failed.setdefault(sample.sample, Fault("unreadable", why, left_out=False))
                 continue
             input_ids[row, start:stop], labels[row, start:stop] = text
             labels[row, start] = IGNORE  # the sample before it shall not predict it
@@ -320,7 +309,7 @@ class _Reader:
     """Reads nothing twice in a step. State: what was read (None: unreadable), and why samples failed."""
 
     dataset: Dataset
-    failed: dict[int, str] = field(default_factory=dict)
+    failed: dict[int, Fault] = field(default_factory=dict)
     texts: dict[int, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
     items: dict[tuple[int, int], dict[str, Tensor] | None] = field(default_factory=dict)
 
@@ -338,7 +327,7 @@ class _Reader:
         try:
             return read()
         except DataError as error:
-            self.failed.setdefault(sample, str(error))
+            self.failed.setdefault(sample, Fault.of(error))
             return None
 
 

@@ -85,11 +85,6 @@ class ProcessedDataset:
     def __len__(self) -> int:
         return len(self.source)
 
-    def where(self, index: int) -> str:
-        """What messages call a sample: where its record stands, if it comes from a file."""
-        found = getattr(self.source, "where", None)
-        return f"sample {index}" if found is None else str(found(index))
-
     def meta(self, index: int) -> SampleMeta:
         """Token counts, costs, grids and runs from the text and the image headers. Raises `DataError`."""
         prepared = self._prepared(index)
@@ -129,7 +124,8 @@ class ProcessedDataset:
         try:
             return self._tokens(sample)
         except DataError as error:
-            raise type(error)(f"{self.where(index)}: {error}", error.kind) from error
+            where = getattr(self.source, "where", None)  # of a record in a file
+            raise type(error)(f"{where(index)}: {error}" if where else str(error), error.kind) from error
 
     def _tokens(self, sample: RawSample) -> _Prepared:
         if self._alone and len(sample.media) > 1:

@@ -8,9 +8,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from meshweave.data.dataset import IGNORE
+from meshweave.data.faults import Fault
 from meshweave.data.processed import ProcessedDataset
-from meshweave.errors import DataError, LeftOutError
-from meshweave.report.data import Fault, SampleFacts
+from meshweave.errors import DataError
+from meshweave.report.data import SampleFacts
 
 _AT_ONCE = 64
 """Samples whose facts a process sends together."""
@@ -31,8 +32,7 @@ def sample_facts(dataset: ProcessedDataset, index: int, decode: bool) -> SampleF
         for slot in range(len(meta.media) if decode else 0):
             dataset.media(index, slot)
     except DataError as error:
-        fault = Fault(error.kind, str(error), isinstance(error, LeftOutError))
-        return SampleFacts(index, effects=effects, fault=fault)
+        return SampleFacts(index, effects=effects, fault=Fault.of(error))
     media_tokens = sum(item.tokens for item in meta.media)
     return SampleFacts(index, meta.tokens, int((labels[1:] != IGNORE).sum()), media_tokens, sizes, effects)
 

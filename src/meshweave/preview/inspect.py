@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from meshweave.config import RunConfig
-from meshweave.data.build import dataset_of
+from meshweave.data.build import data_or_random
 from meshweave.layout import placements
 from meshweave.model.blueprint import STORED, TRAVELS_AS, blueprint_of, read_model_config
 from meshweave.model.check import check_model
@@ -22,7 +22,7 @@ from meshweave.step.schedules import model_durations, typical_step
 def inspect_run(run: RunConfig, console: Console) -> None:
     """Prints the layout map of a run and draws it as `layout.png` in its run folder.
 
-    The boundary's bytes are those of the first samples of the run's data, or of random samples where it names none.
+    The boundary's bytes are those of the first samples of the run's data, or of random samples where that is not here.
 
     Raises:
         ConfigError, CheckpointError, DataError, LayoutError, ScheduleError: whatever would also keep the run from starting.
@@ -32,7 +32,8 @@ def inspect_run(run: RunConfig, console: Console) -> None:
     where = placements(run)
     graph = graph_of(blueprint_of(config, STORED[run.dtype]))
     kinds = {name: module.data_parallel for name, module in run.modules.items()}
-    typical = typical_step(run, dataset_of(run, config))
+    data, missing = data_or_random(run, config)
+    typical = typical_step(run, data)
     durations = model_durations(run, config, where, typical)
     schedule = plan_schedule(run, where, durations)
     gathered = {name for name in where if not schedule.streams(name)}
@@ -51,3 +52,5 @@ def inspect_run(run: RunConfig, console: Console) -> None:
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw_layout_map(where, run.world_size, picture, title(run, where))
     console.print(f"picture: {picture}", highlight=False)
+    if missing is not None:
+        console.print(missing, style="yellow", highlight=False, markup=False)

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from meshweave.config import RunConfig
-from meshweave.data.build import dataset_of
+from meshweave.data.build import data_or_random
 from meshweave.layout import placements
 from meshweave.model.blueprint import read_model_config
 from meshweave.model.check import check_model
@@ -33,7 +33,8 @@ def simulate_run(run: RunConfig, console: Console, speed: Speed, measured: Path 
     config = read_model_config(run.model)
     check_model(run, config)
     where = placements(run)
-    modelled = model_durations(run, config, where, typical_step(run, dataset_of(run, config)), speed)
+    data, missing = data_or_random(run, config)
+    modelled = model_durations(run, config, where, typical_step(run, data), speed)
     schedule = plan_schedule(run, where, modelled)
     durations = modelled(schedule.work)
     panels: dict[str, Timeline] = {}
@@ -61,3 +62,5 @@ def simulate_run(run: RunConfig, console: Console, speed: Speed, measured: Path 
     draw_timelines(panels, picture)
     write_chrome_trace(timeline, trace)
     console.print(f"picture: {picture}\ntrace:   {trace} (ui.perfetto.dev)", highlight=False, soft_wrap=True)
+    if missing is not None:
+        console.print(missing, style="yellow", highlight=False, markup=False)

@@ -15,22 +15,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from meshweave.data.faults import Fault, too_many
 from meshweave.errors import FaultKind
 from meshweave.report.balance import Spread
 from meshweave.report.curves import COLOURS, FAINT, INK
 
 MOST_EXAMPLES = 3
 """Faults of a kind that are shown."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Why a sample is not trained."""
-
-    kind: FaultKind
-    message: str
-    left_out: bool
-    """By a limit of the run file, or because it has nothing to learn from; else it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ class DataReport:
     @property
     def passed(self) -> bool:
         """Whether a run would go through: something is left, and not more than `data.max_skipped` is unreadable."""
-        return bool(len(self.tokens)) and self.unreadable <= self.max_skipped * self.samples
+        return bool(len(self.tokens)) and not too_many(self.unreadable, self.samples, self.max_skipped)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from meshweave.errors import FaultKind
 from meshweave.report.text import bytes_text, count_text, flops_text, seconds_text
 
 
@@ -26,7 +27,7 @@ class Summary:
     seconds: float
     """Of training, without start-up, first steps (their number counts, at the others' mean) and evaluation."""
     loss: float
-    """Of the last step, per target token."""
+    """Of the last step that had one, per target token."""
     tokens_per_second: float
     """Tokens of the language model's sequences, text and media, over all ranks; mean of the run."""
     flops: Mapping[str, float] = field(default_factory=dict)
@@ -35,6 +36,10 @@ class Summary:
     """Encoder to what crosses from it to the language model and back."""
     skipped: int = 0
     """Samples that could not be read."""
+    left_out: int = 0
+    """Samples that limits left out, or that had nothing to learn from."""
+    faults: Mapping[FaultKind, int] = field(default_factory=dict)
+    """Why, by kind."""
     exact: int | None = None
     """Held-out samples answered exactly."""
     evaluated: int | None = None
@@ -79,7 +84,12 @@ def render_summary(summary: Summary) -> Table:
     for encoder, crossing in summary.crossings.items():
         there, back = bytes_text(crossing.forward_bytes), bytes_text(crossing.backward_bytes)
         table.add_row(f"boundary, {encoder}", f"{there} forward, {back} backward a step over links")
+    kinds = ", ".join(f"{count:,} × {kind}" for kind, count in sorted(summary.faults.items(), key=lambda pair: -pair[1]))
     table.add_row("skipped samples", Text(f"{summary.skipped:,}", style="yellow" if summary.skipped else ""))
+    if summary.left_out:
+        table.add_row("left-out samples", f"{summary.left_out:,}")
+    if kinds:
+        table.add_row("why", kinds)
     places = (
         ("loss curve", summary.loss_curve),
         ("traced step", summary.timeline),

@@ -51,6 +51,7 @@ def build_planner(
         packing=packing_of(run, flops),
         seed=run.seed,
         on_error=run.data.on_error if run.data else "stop",
+        max_skipped=run.data.max_skipped if run.data else 0.0,
     )
 
 
@@ -86,6 +87,7 @@ def build_loader(
         seed=run.seed,
         shuffle=training,
         on_error=run.data.on_error if run.data else "stop",
+        max_skipped=run.data.max_skipped if run.data else 0.0,
         drop_last=training,
     )
 

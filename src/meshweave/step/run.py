@@ -38,9 +38,9 @@ class Totals:
     """Layer with a router → expert → (token, slot) pairs; of a step with a backward."""
 
     @property
-    def loss(self) -> float:
-        """Mean loss per target token."""
-        return self.loss_sum / max(1, self.targets)
+    def loss(self) -> float | None:
+        """Mean loss per target token; None without any."""
+        return self.loss_sum / self.targets if self.targets else None
 
     @property
     def router_aux_loss(self) -> float:
@@ -106,8 +106,10 @@ def _crossed(step: LocalStep, schedule: Schedule) -> dict[str, tuple[int, int]]:
 def finish_gradients(model: LocalModel, totals: Totals, max_grad_norm: float | None) -> bool:
     """Divides gradients by the step's number of target tokens and clips them by the one global norm.
 
-    Returns False, on all ranks alike, where loss or norm is not finite: the update must then be skipped.
+    Returns False, on all ranks alike, where loss or norm is not finite, or nothing was a target: there must be no update then.
     """
+    if not totals.targets:
+        return False
     norm = totals.grad_norm
     if not (math.isfinite(norm) and math.isfinite(totals.loss_sum)):
         return False

@@ -18,7 +18,8 @@ from meshweave.world import World
 class Evaluation:
     """Held-out totals."""
 
-    loss: float
+    loss: float | None
+    """Per target token; None without any."""
     exact: int
     samples: int
 
@@ -41,7 +42,7 @@ def evaluate(
             stage.train()
     targets = sum(totals.targets for totals in results)
     return Evaluation(
-        sum(totals.loss_sum for totals in results) / max(1, targets),
+        sum(totals.loss_sum for totals in results) / targets if targets else None,
         sum(totals.exact for totals in results),
         sum(totals.samples for totals in results),
     )

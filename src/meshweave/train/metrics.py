@@ -20,7 +20,7 @@ class MetricsLog:
         self._writer = SummaryWriter(str(self.tensorboard))
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Writes one record; it holds `step`, numbers, and numbers by module."""
+        """Writes one record; it holds `step`, numbers (None: there is none), and numbers by module or kind."""
         self.records.append(dict(record))
         self._lines.write(json.dumps(record) + "\n")
         self._lines.flush()
@@ -28,7 +28,7 @@ class MetricsLog:
             if isinstance(value, Mapping):
                 for module, number in value.items():
                     self._writer.add_scalar(f"{key}/{module}", number, record["step"])
-            elif key != "step":
+            elif key != "step" and value is not None:
                 self._writer.add_scalar(key, value, record["step"])
 
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 import logging
 import time
+import warnings
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from typing import Any
@@ -15,6 +17,7 @@ from meshweave.batch.plan import StepPlan
 from meshweave.checkpoint.export import export_model
 from meshweave.config import LANGUAGE, RunConfig
 from meshweave.data.build import build_datasets
+from meshweave.errors import DataError, FaultKind
 from meshweave.model.blueprint import STORED, TRAVELS_AS, blueprint_of
 from meshweave.model.flops import TRAINING_FACTOR, ModuleFlops, count_flops
 from meshweave.model.modules import graph_of, media_widths
@@ -30,6 +33,7 @@ from meshweave.step.worker import Travel
 from meshweave.train.evaluation import Evaluation, evaluate
 from meshweave.train.metrics import MetricsLog
 from meshweave.train.optimizer import build_optimizer, build_schedule, peak_rate, rate_factor
+from meshweave.train.output import CURVE, METRICS, MODEL, TENSORBOARD, claimed
 from meshweave.world import World
 
 logger = logging.getLogger(__name__)
@@ -38,13 +42,18 @@ _WARM_UP_STEPS = 5
 """Steps that speed figures leave out: allocations and first connections."""
 
 
-def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool = False) -> Summary:
+def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool = False, overwrite: bool = False) -> Summary:
     """Trains as the run file says; rank 0 logs, draws and writes the model. Returns the same summary on every rank.
 
-    With `trace`, one step is clocked on all ranks, and rank 0 draws and writes its timeline.
+    With `trace`, one step is clocked on all ranks, and rank 0 draws and writes its timeline. With `overwrite`, what an earlier
+    run left in the run folder is removed.
+
+    A step without a target makes no update and has no loss; learning rates go by the step's number all the same.
 
     Raises:
-        DataError: data cannot be read (`data.on_error: stop`), or is smaller than a step.
+        ConfigError: the run folder holds a run, or is another's.
+        DataError: data cannot be read (`data.on_error: stop`, `data.max_skipped`), is smaller than a step, or no step had
+            anything to learn from.
         CheckpointError: the model folder's weights do not fit.
     """
     training, held_out = build_datasets(run, config)
@@ -60,6 +69,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
     records: list[dict[str, Any]] = []
     measured: Timeline | None = None
     with ExitStack() as stack:
+        stack.enter_context(claimed(world, run, overwrite))
         # Closed on any way out: its thread must not outlive a run that failed.
         log = stack.enter_context(closing(MetricsLog(run.output))) if world.rank == 0 else None
         progress = stack.enter_context(_progress(world, run.train.steps))
@@ -74,10 +84,12 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             if updated:
                 optimizer.step()
             elif world.rank == 0:
-                logger.warning(
-                    "step %d: loss %s or its gradient is not finite; the update is skipped on all ranks", number, totals.loss
-                )
-            rates.step()
+                why = "its loss or a gradient is not finite" if totals.targets else "no sample of it has anything to learn from"
+                logger.warning("step %d: %s; there is no update, on any rank", number, why)
+            with warnings.catch_warnings():
+                # A first step without an update is no mistake: rates go by the step's number.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                rates.step()
             optimizer.zero_grad()
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -94,6 +106,8 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
                 "boundary_forward_bytes": {name: there * token_bytes[name] for name, (there, _) in totals.crossed.items()},
                 "boundary_backward_bytes": {name: back * token_bytes[name] for name, (_, back) in totals.crossed.items()},
                 "skipped_samples": step.skipped,
+                "left_out_samples": step.left_out,
+                "faults": dict(Counter(fault.kind for fault in step.faults.values())),
                 "updated": int(updated),
             }
             if totals.load:
@@ -102,17 +116,22 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             records.append(record)
             if log is not None:
                 log.add(record)
-            shown = f"loss {totals.loss:.4f} · grad norm {totals.grad_norm:.3f} · {record['tokens_per_second']:,.0f} tokens/s"
+            loss = "no loss" if totals.loss is None else f"loss {totals.loss:.4f}"
+            shown = f"{loss} · grad norm {totals.grad_norm:.3f} · {record['tokens_per_second']:,.0f} tokens/s"
             progress.update(task, advance=1, shown=shown)
             if world.rank == 0 and not progress.console.is_terminal and (number + 1) % run.train.log_every == 0:
                 progress.console.print(f"step {number + 1:>6}/{run.train.steps}  {shown}")
-    # Before the evaluation: whatever happens there, the model is written.
-    export_model(world, model, config, run, run.output / "model")
-    evaluation = evaluate(world, run, config, model, held_out, travel) if held_out is not None else None
-    if world.rank == 0:
-        draw_loss_curve(records, run.output / "loss.png")
-        if measured is not None:
-            write_measured(measured, run.output)
+        if not any(record["updated"] for record in records):
+            faults: Counter[FaultKind] = sum((Counter(record["faults"]) for record in records), Counter())
+            counted = ", ".join(f"{count} × {kind}" for kind, count in faults.most_common()) or "no sample has a target"
+            raise DataError(f"nothing was trained, so no model is written: no step had anything to learn from ({counted})")
+        # Before the evaluation: whatever happens there, the model is written.
+        export_model(world, model, config, run, run.output / MODEL)
+        evaluation = evaluate(world, run, config, model, held_out, travel) if held_out is not None else None
+        if world.rank == 0:
+            draw_loss_curve(records, run.output / CURVE)
+            if measured is not None:
+                write_measured(measured, run.output)
     return _summary(run, records, evaluation, trace)
 
 
@@ -153,19 +172,21 @@ def _summary(run: RunConfig, records: list[dict[str, Any]], evaluation: Evaluati
     return Summary(
         steps=len(records),
         seconds=len(records) * sum(record["seconds"] for record in timed) / len(timed),
-        loss=records[-1]["loss"],
+        loss=next(record["loss"] for record in reversed(records) if record["loss"] is not None),
         tokens_per_second=sum(record["tokens"] for record in timed) / sum(record["seconds"] for record in timed),
         flops={name: mean("flops", name) for name in run.modules},
         crossings={
             name: Crossing(mean("boundary_forward_bytes", name), mean("boundary_backward_bytes", name)) for name in run.encoders
         },
         skipped=sum(record["skipped_samples"] for record in records),
+        left_out=sum(record["left_out_samples"] for record in records),
+        faults=sum((Counter(record["faults"]) for record in records), Counter()),
         exact=evaluation.exact if evaluation else None,
         evaluated=evaluation.samples if evaluation else None,
         eval_loss=evaluation.loss if evaluation else None,
-        loss_curve=run.output / "loss.png",
+        loss_curve=run.output / CURVE,
         timeline=run.output / MEASURED_PICTURE if traced else None,
-        metrics=run.output / "metrics.jsonl",
-        tensorboard=run.output / "tensorboard",
-        model=run.output / "model",
+        metrics=run.output / METRICS,
+        tensorboard=run.output / TENSORBOARD,
+        model=run.output / MODEL,
     )

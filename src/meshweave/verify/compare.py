@@ -178,7 +178,7 @@ def _readable(loader: Loader, number: int, step: LocalStep) -> list[int]:
     """The samples of a step in dataset order, less those that all ranks skip."""
     ids = loader.sample_ids(number)
     planned = {sample.sample for part in step.plan.microbatches for lane in part.lanes for sample in lane}
-    return [sample for sample in ids if sample in planned] if step.skipped else ids
+    return [sample for sample in ids if sample in planned] if step.faults else ids
 
 
 def _token_groups(run: RunConfig, plan: StepPlan) -> list[list[int]]:
@@ -192,7 +192,7 @@ def _token_groups(run: RunConfig, plan: StepPlan) -> list[list[int]]:
 def _loss_error(totals: Totals, expected: Expected, step: int) -> Worst:
     if totals.targets != expected.targets:
         return Worst(float("inf"), f"{totals.targets} target tokens, the plain model has {expected.targets}", step)
-    pairs = {"loss": (totals.loss, expected.loss), "router_aux_loss": (totals.router_aux_loss, expected.router_aux_loss)}
+    pairs = {"loss": (totals.loss or 0.0, expected.loss), "router_aux_loss": (totals.router_aux_loss, expected.router_aux_loss)}
     errors = [Worst(_finite(abs(mine - its) / max(abs(its), 1e-12)), name, step) for name, (mine, its) in pairs.items()]
     return max(errors, key=lambda worst: worst.error)
 

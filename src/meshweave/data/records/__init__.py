@@ -37,6 +37,7 @@ def read_record(record: Any, form: str, media: Path, ignored: Sequence[str] = ()
         keys = ", ".join(map(str, record)) or "none"
         wanted = ", ".join(f"'{key}'" for key, _ in FORMS.values())
         raise DataError(f"none of the keys {wanted}, by which a record's form is told (keys: {keys})", "form")
+    fields.refuse_unsupported()
     sample = FORMS[name][1](fields, media)
     fields.refuse_others()
     return sample

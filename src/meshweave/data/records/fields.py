@@ -50,16 +50,19 @@ class Fields:
             return bool(value)
         raise DataError(f"a flag of a turn ({', '.join(_FLAGS)}) is true, false, 1 or 0, found {shown(value)}", "form")
 
+    def refuse_unsupported(self) -> None:
+        """Raises DataError for media that are not read."""
+        for key, what in UNSUPPORTED.items():
+            if self.has(key) and key not in self._ignored:
+                raise DataError(
+                    f"{key!r}: {what} are not read, pictures and text are; take such records out", "unsupported medium"
+                )
+
     def refuse_others(self, where: str = "") -> None:
         """Raises DataError for a key that nobody has taken, but those of bookkeeping at the top of a record."""
         left = [key for key in self._left if key not in self._ignored and (where or key not in BOOKKEEPING)]
         if not left:
             return
-        if left[0] in UNSUPPORTED:
-            what = UNSUPPORTED[left[0]]
-            raise DataError(
-                f"{where}'{left[0]}': {what} are not read, pictures and text are; take such records out", "unsupported medium"
-            )
         keys = ", ".join(repr(key) for key in left)
         raise DataError(f"{where}nothing reads {keys}; take it out, or name it in data.ignore_keys", "unknown key")
 
