@@ -102,6 +102,8 @@ def _write(
     text |= {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
     if "vocab_size_per_layer_input" in text:
         text["vocab_size_per_layer_input"] = text["vocab_size"]
+    if "position_embedding_size" in tree.get("vision_config", {}):  # patches of a side, of the longest picture that there is
+        tree["vision_config"]["position_embedding_size"] = 160
     config = AutoConfig.for_model(**tree | ids)
     write_model_folder(config, folder, weights=weights)
     tokenizer.save_pretrained(folder)
