@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from support.models import llava, llava_moe, qwen3_vl
+from support.models import llava, llava_moe, qwen2_5_vl, qwen3_vl
 
 from meshweave.config import RunConfig, parse_config
 from meshweave.errors import ConfigError, LayoutError
@@ -33,6 +33,25 @@ def test_a_frozen_text_that_names_nothing_is_refused_with_an_example() -> None:
         ConfigError, match=r"modules\.vision\.frozen: no .* contains 'visoin'; names look like model\.vision_tower\."
     ):
         check_model(run_of({"frozen": ["embeddings", "visoin"]}), llava())
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            None,
+            r"mrope_section=\[16, 24, 24\] of qwen2_5_vl_text, which its class takes as config.json does not say: heads cannot",
+        ),
+        ([1, 1, 1], r"mrope_section=\[1, 1, 1\] of qwen2_5_vl_text: heads cannot be shared so \(.*\); give three numbers"),
+    ],
+)
+def test_sections_of_positions_that_do_not_make_up_a_head_are_refused(section: list[int] | None, message: str) -> None:
+    config = qwen2_5_vl()
+    rope = config.text_config.rope_parameters
+    changed = {key: value for key, value in (rope | {"mrope_section": section}).items() if value is not None}
+    config.text_config.rope_parameters = changed
+    with pytest.raises(ConfigError, match=message):
+        check_model(run_of(), config)
 
 
 @pytest.mark.parametrize("frozen", [True, ["model.", "lm_head"]])

@@ -4,7 +4,7 @@ Stock classes read them. Numbers of the image processors are small, their keys a
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,21 @@ def byte_tokenizer(eos: str, *special: str, **options: Any) -> PreTrainedTokeniz
     )
 
 
-def model_folder(family: str, folder: Path, *, weights: bool = False, **changes: Any) -> Path:
+def model_folder(
+    family: str, folder: Path, *, weights: bool = False, processor: Mapping[str, Any] | None = None, **changes: Any
+) -> Path:
     """Writes a folder of a family of `support.families`.
 
     Args:
         weights: whether safetensors are among its files.
+        processor: changes to the processor's keys (`processor_config.json`).
         changes: to the image processor's keys (`preprocessor_config.json`); None takes one out.
     """
-    return _WRITERS[family](folder, family, weights, changes)
+    written = _WRITERS[family](folder, family, weights, changes)
+    if processor:
+        file = written / "processor_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | processor))
+    return written
 
 
 def _write(
@@ -95,6 +102,8 @@ def _write(
     text |= {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
     if "vocab_size_per_layer_input" in text:
         text["vocab_size_per_layer_input"] = text["vocab_size"]
+    if "position_embedding_size" in tree.get("vision_config", {}):  # patches of a side, of the longest picture that there is
+        tree["vision_config"]["position_embedding_size"] = 160
     config = AutoConfig.for_model(**tree | ids)
     write_model_folder(config, folder, weights=weights)
     tokenizer.save_pretrained(folder)

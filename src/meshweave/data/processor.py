@@ -5,8 +5,10 @@ other packages. What is read here is text and pictures: the other parts are left
 """
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +16,11 @@ from jinja2 import TemplateSyntaxError
 from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
-from meshweave.data.pixtral import PixtralProcessor
 from meshweave.errors import ConfigError
 
 _NAMES_THE_CLASS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 _READ: dict[str, Any] = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor}
 _FILES = {"tokenizer": "tokenizer.json, tokenizer_config.json", "image_processor": "preprocessor_config.json"}
-_STAND_INS: dict[str, type[ProcessorMixin]] = {"PixtralProcessor": PixtralProcessor}
 Made = TypeVar("Made")
 
 
@@ -39,7 +39,8 @@ def load_processor(folder: Path) -> Any:
         if name in _READ:
             # The PIL image processors: torchvision is not a dependency.
             options = {"backend": "pil"} if name == "image_processor" else {}
-            load = partial(_READ[name].from_pretrained, folder, **options)
+            # Else transformers asks on the terminal whether code of the folder may run.
+            load = partial(_READ[name].from_pretrained, folder, trust_remote_code=False, **options)
             parts[name] = _read(folder, _FILES[name], load)
         else:
             parts[name] = None
@@ -68,10 +69,21 @@ def _processor_class(folder: Path) -> type[ProcessorMixin]:
     if found is None:
         raise ConfigError(f"model: {str(folder)!r} names the processor {name!r}, which this transformers does not know")
     if not issubclass(found, ProcessorMixin):  # a placeholder for what cannot be imported
-        found = _STAND_INS.get(name)
-    if found is None:
-        raise ConfigError(f"model: the processor {name} of {str(folder)!r} needs packages that are not here; is torchvision?")
+        return _read(
+            folder, f"the class {name}", _pixtral if name == "PixtralProcessor" else lambda: found.from_pretrained(folder)
+        )
     return found
+
+
+def _pixtral() -> type[ProcessorMixin]:
+    """Without torchvision: it imports one function from its image processor for torchvision, which the one for PIL has, too."""
+    package = "transformers.models.pixtral"
+    sys.modules[f"{package}.image_processing_pixtral"] = import_module(f"{package}.image_processing_pil_pixtral")
+    try:
+        stock: type[ProcessorMixin] = import_module(f"{package}.processing_pixtral").PixtralProcessor
+    finally:
+        del sys.modules[f"{package}.image_processing_pixtral"]
+    return stock
 
 
 def _without_parts(stock: type[ProcessorMixin]) -> Any:

@@ -1,6 +1,7 @@
 """Do the run file and the model fit together? Every mismatch, in one message, before anything starts."""
 
 import logging
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -65,6 +66,7 @@ def check_model(run: RunConfig, config: PreTrainedConfig) -> None:
             for key in ("router_aux_loss", "router_aux_scope")
             if getattr(run.train, key) not in (None, 0, "lane")
         ]
+    wrong += _rotary_faults(graph)
     wrong += sequence_faults(run, graph)
     wrong += _frozen_faults(run, graph)
     if wrong:
@@ -92,6 +94,25 @@ def check_executable(run: RunConfig, config: PreTrainedConfig) -> None:
         ) from error
     if run.weights == "pretrained":
         check_weights(blueprint_of(config, torch.float32), run.model)
+
+
+def _rotary_faults(graph: ModelGraph) -> list[str]:
+    """Sections of M-RoPE, from the config or of the class alone, that do not share out half of a head."""
+    faults = []
+    for module in graph.model.modules():
+        sections = getattr(module, "mrope_section", None)
+        if sections is None:
+            continue
+        config: Any = module.config
+        try:
+            type(module)(config)(torch.zeros(1, 1, 1), torch.zeros(3, 1, 1, dtype=torch.int64))
+        except Exception as error:  # whatever the stock class raises
+            named = "" if "mrope_section" in config.rope_parameters else ", which its class takes as config.json does not say"
+            faults.append(
+                f"model: rope_parameters.mrope_section={list(sections)} of {config.model_type}{named}: heads cannot be shared so "
+                f"({error}); give three numbers that make up half of a head"
+            )
+    return faults
 
 
 def _frozen_faults(run: RunConfig, graph: ModelGraph) -> list[str]:

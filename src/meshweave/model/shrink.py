@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from meshweave.config import LANGUAGE, RunConfig
+from meshweave.model.blueprint import blueprint_of
 from meshweave.model.modules import ENCODERS, has_encoder
 from meshweave.model.stages import stage_count
 
@@ -31,8 +34,24 @@ def shrink(config: PreTrainedConfig, stages: Mapping[str, int] | None = None, sl
     Layers, widths, image sizes, experts and vocabulary become small; special token ids move into the small vocabulary. As many
     layers are kept as there are (virtual) pipeline `stages` of each module, and one of every type.
     """
-    stages = stages or {}
-    tree = config.to_dict()
+    small = _shrunk(config.to_dict(), config, stages or {}, slices)
+    default = next(
+        (module.mrope_section for module in blueprint_of(small, torch.float32).modules() if _has_sections(module)), None
+    )
+    if default is not None and "mrope_section" not in (small.text_config.rope_parameters or {}):
+        # Only the class knows it, and it shares out the heads of the large model.
+        tree = config.to_dict()
+        tree["text_config"]["rope_parameters"] = tree["text_config"]["rope_parameters"] | {"mrope_section": default}
+        small = _shrunk(tree, config, stages or {}, slices)
+    return small
+
+
+def _has_sections(module: nn.Module) -> bool:
+    return hasattr(module, "mrope_section")
+
+
+def _shrunk(tree: dict[str, Any], config: PreTrainedConfig, stages: Mapping[str, int], slices: int) -> PreTrainedConfig:
+    """`tree`: of `config`, with what its class alone knows."""
     encoders = {name: ENCODERS[name].config for name in ENCODERS if has_encoder(config, name)}
     deepstack = max(len(tree[key].get("deepstack_visual_indexes") or ()) for key in encoders.values())
     # The layers that deepstack features are added to are all on the first stage.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from meshweave.data.media.image import ImageBytes, ImageFile, to_rgb
 from meshweave.errors import DataError
@@ -15,19 +15,35 @@ from meshweave.errors import DataError
 WIDE = Image.fromarray(np.arange(60 * 40, dtype=np.uint8).reshape(40, 60))
 
 
-def jpeg(orientation: int) -> bytes:
+def turned(orientation: int, form: str) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
     out = io.BytesIO()
-    WIDE.save(out, "JPEG", exif=exif)
+    WIDE.save(out, form, exif=exif)
     return out.getvalue()
 
 
+def jpeg(orientation: int) -> bytes:
+    return turned(orientation, "JPEG")
+
+
 @pytest.mark.parametrize("orientation", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 256, 65535])
-def test_the_size_from_the_header_is_that_of_the_pixels_also_where_exif_means_nothing(orientation: int) -> None:
-    picture = ImageBytes(jpeg(orientation), "x.jpg")
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_the_size_from_the_header_is_that_of_the_pixels_also_where_exif_means_nothing(form: str, orientation: int) -> None:
+    content = turned(orientation, form)
+    picture = ImageBytes(content, "x.jpg")
     loaded = picture.load()
     assert picture.size() == (loaded.height, loaded.width) == ((60, 40) if 5 <= orientation <= 8 else (40, 60))
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    assert np.array_equal(np.asarray(loaded), np.asarray(upright))
+
+
+def test_a_picture_whose_pixels_are_not_of_the_size_in_its_header_is_refused() -> None:
+    out = io.BytesIO()
+    WIDE.save(out, "TIFF", tiffinfo={700: b'<x:xmpmeta tiff:Orientation="6"/>'})  # which Pillow sees only when it decodes
+    with pytest.raises(DataError, match=r"x\.tiff: its header says \(40, 60\), its pixels are 60 x 40") as caught:
+        ImageBytes(out.getvalue(), "x.tiff").load()
+    assert caught.value.kind == "broken file"
 
 
 def levels(image: Image.Image) -> list[int]:
@@ -39,6 +55,8 @@ def levels(image: Image.Image) -> list[int]:
     [
         (np.array([[5000, 20000, 40000]], dtype=np.uint16), [19, 78, 156]),
         (np.array([[0, 65535]], dtype=np.uint16), [0, 255]),
+        (np.array([[0, 255]], dtype=">u2"), [0, 1]),
+        (np.array([[-7, -7]], dtype=np.int32), [0, 0]),
         (np.array([[0, 128, 255]], dtype=np.int32), [0, 128, 255]),
         (np.array([[0, 257, 65535]], dtype=np.int32), [0, 1, 255]),
         (np.array([[-100, 100_000]], dtype=np.int32), [0, 255]),
@@ -97,8 +115,11 @@ def test_what_cannot_be_read_is_named_with_its_kind(content: bytes | None, kind:
     assert caught.value.kind == kind
 
 
-def test_a_picture_too_large_to_be_decoded_safely_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with warnings.catch_warnings(), pytest.raises(DataError, match=r"x\.jpg: .*decompression bomb"):
+@pytest.mark.parametrize("most", [100, 2000])  # of which Pillow itself would refuse the first, and warn of the second
+def test_a_picture_too_large_to_be_decoded_safely_is_refused(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ImageBytes(jpeg(1), "x.jpg").load()
+        for read in (ImageBytes.size, ImageBytes.load):
+            with pytest.raises(DataError, match=rf"x\.jpg: has more pixels than Pillow takes for safe \({most:,}\)"):
+                read(ImageBytes(jpeg(1), "x.jpg"))
