@@ -99,9 +99,9 @@ class Answers:
             before = placed[number - 1][1] if number else 0
             first, last = placed[number]
             until = placed[number + 1][0] if number + 1 < len(messages) else len(text)
-            start = first
-            if self.reasoning == "keep" or first == last:
-                start = self._behind_prompt(text, before, first if first < last else until, prompts, number)
+            start = self._behind_prompt(text, before, first if first < last else until, prompts, number)
+            if self.reasoning == "drop" and "</think>" in text[start:first]:
+                start = first
             end = _first_end(text, max(last, start), until, ends)
             appended = ""
             if end is None:

@@ -115,6 +115,9 @@ class Oracle:
         Args:
             groups: the samples among whose tokens experts shall be loaded evenly, group by group.
         """
+        self.learned = False
+        if not samples:
+            return Expected(0.0, 0, {})
         inputs, labels = stock_batch(self.model, dataset, samples)
         mask = inputs["attention_mask"]
         self.model.zero_grad()

@@ -80,7 +80,9 @@ def _with_answers(dataset: ProcessedDataset, sample: RawSample) -> tuple[str, li
         place = text.find(said.strip(), start)
         until = len(render(number + 1, False)) if text.startswith(render(number + 1, False)) else len(text)
         ends = [at + len(end) for end in answers.ends if 0 <= (at := text.find(end, start)) < max(until, place + len(said) + 20)]
-        spans.append((number, place if answers.reasoning == "drop" else start, min(ends, default=None), place, said))
+        if answers.reasoning == "drop" and "</think>" in text[start:place]:
+            start = place
+        spans.append((number, start, min(ends, default=None), place, said))
     found = []
     for number, start, end, place, said in spans:
         start += inserted
