@@ -11,7 +11,7 @@ export OMP_NUM_THREADS = 1
 
 demo: .venv/ready
 	$(BIN)/python -m meshweave.data.quickstart runs/digits/start
-	$(BIN)/meshweave train examples/digits.yaml
+	$(BIN)/meshweave train examples/digits.yaml --set model=runs/digits/start --overwrite
 	$(BIN)/python examples/read_digits.py
 	$(BIN)/python examples/compare_digits.py
 

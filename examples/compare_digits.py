@@ -24,7 +24,7 @@ def main(steps: int = 12) -> None:
     for name, changes in LAYOUTS.items():
         short = [f"train.steps={steps}", "train.microbatches=4", "train.warmup_steps=0", "data.eval_samples=0"]
         short.append(f"output=runs/digits/{name}")
-        run = meshweave.load_config(Path(__file__).with_name("digits.yaml"), [*changes, *short])
+        run = meshweave.load_config(Path(__file__).with_name("digits.yaml"), ["model=runs/digits/start", *changes, *short])
         summary = meshweave.launch(run, partial(train, config=read_model_config(run.model)))
         if summary is not None:
             where = ", ".join(f"{module} {placement}" for module, placement in placements(run).items())

@@ -4,6 +4,7 @@ import typer
 
 from meshweave.cli.balance import balance_command
 from meshweave.cli.data import data_app
+from meshweave.cli.init import init_command
 from meshweave.cli.inspect import inspect_command
 from meshweave.cli.simulate import simulate_command
 from meshweave.cli.train import train_command
@@ -16,6 +17,7 @@ app = typer.Typer(
     help="Train one multimodal model whose modules each have their own parallel layout and their own ranks.",
 )
 
+app.command("init")(init_command)
 app.command("train")(train_command)
 app.command("inspect")(inspect_command)
 app.command("simulate")(simulate_command)

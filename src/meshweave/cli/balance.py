@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from meshweave.cli.common import Overrides, RunFile, run_command
-from meshweave.config import load_config
+from meshweave.cli.common import Overrides, RunFile, load_run, run_command
 
 
 def balance_command(
@@ -21,7 +20,7 @@ def balance_command(
     from meshweave.report.balance import render_balance
 
     def work() -> None:
-        report = balance_run(load_config(run_file, overrides or ()), steps)
+        report = balance_run(load_run(run_file, overrides, "processor"), steps)
         if as_json:
             typer.echo(json.dumps(report.as_dict(), indent=2))
         else:

@@ -4,19 +4,34 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from meshweave.config import RunConfig, load_config
 from meshweave.errors import MeshweaveError, RankError
+
+if TYPE_CHECKING:
+    from meshweave.model.hub import Need
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.YAML", help="Run file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the run file, e.g. modules.vision.dp=2; repeatable."),
 ]
+
+
+def load_run(run_file: Path, overrides: list[str] | None, need: "Need") -> RunConfig:
+    """The run file with overrides, and its model as a local folder, of which there is what `need` says."""
+    from meshweave.model.hub import with_local_model
+
+    run = load_config(run_file, overrides or ())
+    found = with_local_model(run, need)
+    if found.model != run.model:
+        Console(stderr=True).print(f"model: {run.model} is {found.model}", style="dim", highlight=False, soft_wrap=True)
+    return found
 
 
 def run_command(work: Callable[[], None]) -> None:

@@ -8,8 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from meshweave.cli.common import Overrides, RunFile, run_command
-from meshweave.config import load_config
+from meshweave.cli.common import Overrides, RunFile, load_run, run_command
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at the data of a run before it is trained on.")
 
@@ -36,7 +35,7 @@ def check_command(
     from meshweave.report.sample import render_sample
 
     def work() -> None:
-        run = load_config(run_file, overrides or ())
+        run = load_run(run_file, overrides, "processor")
         dataset, name = data_to_check(run, read_model_config(run.model))
         count = min(len(dataset), samples or len(dataset))
         console = Console()

@@ -2,8 +2,7 @@
 
 from rich.console import Console
 
-from meshweave.cli.common import Overrides, RunFile, run_command
-from meshweave.config import load_config
+from meshweave.cli.common import Overrides, RunFile, load_run, run_command
 
 
 def inspect_command(run_file: RunFile, overrides: Overrides = None) -> None:
@@ -11,6 +10,6 @@ def inspect_command(run_file: RunFile, overrides: Overrides = None) -> None:
     from meshweave.preview.inspect import inspect_run
 
     def work() -> None:
-        inspect_run(load_config(run_file, overrides or ()), Console())
+        inspect_run(load_run(run_file, overrides, "config"), Console())
 
     run_command(work)

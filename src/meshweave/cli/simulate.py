@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from meshweave.cli.common import Overrides, RunFile, run_command
-from meshweave.config import load_config
+from meshweave.cli.common import Overrides, RunFile, load_run, run_command
 
 
 def simulate_command(
@@ -34,6 +33,6 @@ def simulate_command(
         speed = usual_speed()
         speed = replace(speed, flops_per_second=tflops * 1e12) if tflops else speed
         speed = replace(speed, bytes_per_second=gbps * 1e9) if gbps else speed
-        simulate_run(load_config(run_file, overrides or ()), Console(), speed, measured)
+        simulate_run(load_run(run_file, overrides, "config"), Console(), speed, measured)
 
     run_command(work)

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from meshweave.cli.common import Overrides, RunFile, run_command
-from meshweave.config import load_config
+from meshweave.cli.common import Overrides, RunFile, load_run, run_command
 
 
 def train_command(
@@ -30,7 +29,7 @@ def train_command(
     from meshweave.world import launch
 
     def work() -> None:
-        run = load_config(run_file, overrides or ())
+        run = load_run(run_file, overrides, "weights")
         config = read_model_config(run.model)
         check_model(run, config)
         check_executable(run, config)

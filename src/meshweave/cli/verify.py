@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from meshweave.cli.common import Overrides, RunFile, run_command
-from meshweave.config import load_config
+from meshweave.cli.common import Overrides, RunFile, load_run, run_command
 
 
 def verify_command(
@@ -32,7 +31,7 @@ def verify_command(
     from meshweave.world import launch
 
     def work() -> None:
-        run = load_config(run_file, [*(overrides or ()), f"dtype={dtype}"])
+        run = load_run(run_file, [*(overrides or ()), f"dtype={dtype}"], "config" if shrunk else "weights")
         config = read_model_config(run.model)
         check_model(run, config)
         if shrunk:

@@ -16,7 +16,9 @@ class RunConfig(Strict):
     """One run: the model, a layout and ranks per module, data, training."""
 
     model: Path
-    """Local Hugging Face model folder."""
+    """Local Hugging Face model folder, or the id of a model on the Hub (`Qwen/Qwen3-VL-8B-Instruct`)."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub; its default branch if left out."""
     modules: dict[str, ModuleConfig] = Field(min_length=1)
     """Layout per module: `language`, and one entry per encoder (`vision`)."""
     data: DataConfig | None = None

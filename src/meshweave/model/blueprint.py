@@ -37,11 +37,12 @@ def read_model_config(folder: Path) -> PreTrainedConfig:
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"model: {str(folder)!r} holds no config.json (looked in {Path.cwd()}); give a local Hugging Face folder"
+            f"model: {str(folder)!r} holds no config.json (looked in {Path.cwd()}); give a Hugging Face folder, or "
+            "the id of a model on the Hub"
         )
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # whatever the library raises of a config
         raise CheckpointError(f"model: {folder / 'config.json'} is not a config this transformers can read: {error}") from error
 
 
