@@ -117,7 +117,7 @@ def test_verify_past_the_tolerance_exits_non_zero(tmp_path: Path, monkeypatch: p
         ("model=/nowhere", "'/nowhere' holds no config.json"),
         ("train.batch_size=1", "train.batch_size=1: fewer samples than"),
         ("train.batch_size=0", "train.batch_size"),
-        ("data={source: files, path: /nowhere.json}", "'/nowhere.json' does not exist"),
+        ("data={source: files, path: /nowhere.json}", "/nowhere.json: no such data file"),
         ("data.sorce=digits", "did you mean source?"),
         ("nonsense", "expected KEY=VALUE"),
         ("train={steps: 1, batch_size: 6, max_tokens: 9}", "train.max_tokens=9: only packed sequences have a token budget"),

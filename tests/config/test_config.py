@@ -182,16 +182,6 @@ def test_all_wrong_keys_are_named_at_once():
     assert [key in text for key in ("modules.vision.tpp", "train.steps", "dtype")] == [True] * 3
 
 
-@pytest.mark.parametrize("key", ["images", "eval_path"])
-def test_every_path_of_the_data_must_exist(tmp_path, key):
-    path = tmp_path / "data.json"
-    path.write_text("[]")
-    data = {"source": "files", "path": str(path)}
-    assert parse_config(_changed(("data", data))).data.path == path
-    with pytest.raises(ConfigError, match=rf"data: {key} 'nowhere' does not exist"):
-        parse_config(_changed(("data", data | {key: "nowhere"})))
-
-
 def test_overrides_set_and_add_keys(tmp_path):
     run = load_config(
         _written(tmp_path),

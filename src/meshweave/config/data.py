@@ -60,7 +60,6 @@ class DataConfig(Strict):
         unused = sorted((of_generated if self.source == "files" else of_files) & self.model_fields_set)
         if unused:
             raise ValueError(f"{', '.join(unused)}: source {self.source} does not read this; take it out or change the source")
-        if self.source == "files":
-            if self.path is None:
-                raise ValueError("source files needs `path`, the file or folder to read")
+        if self.source == "files" and self.path is None:
+            raise ValueError("source files needs `path`, the file or folder to read")
         return self

@@ -24,21 +24,25 @@ class TrainConfig(Strict):
     """Packed, in training: tokens that a lane's sequence of one microbatch may hold. A step that does not fit is refused; a
     sample that alone is longer counts as unreadable (`data.on_error`). Left out, sequences are as long as they come, but even."""
     lr: PositiveFloat = 1e-4
-    """Peak learning rate."""
+    """Peak learning rate, reached in the last step of the warm-up. After it the rate falls along half a cosine, from the peak in
+    the step that follows the warm-up towards `min_lr_ratio` of it at step number `steps`, which is one past the last."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Last learning rate as a share of the peak."""
+    """The rate that the decay falls to, as a share of the peak."""
     warmup_steps: NonNegativeInt = 0
+    """Steps in which the rate rises in equal parts: it is peak × (step + 1) / warmup_steps, steps counted from 0."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
-    """Applied to matrices, not to biases and norms."""
+    """Share of a matrix (any tensor of two or more dims) that an update takes away, times the learning rate; biases and norms
+    have none, and what gets no gradient does not decay."""
     router_aux_loss: NonNegativeFloat | None = None
     """Models with experts: coefficient of the loss that keeps their load even (`model/routing.py` defines it; it is 1 where the
     load is even). Left out, the model's own `router_aux_loss_coef` if its config sets `output_router_logits`, else 0."""
     router_aux_scope: Literal["lane", "microbatch"] = "lane"
     """Tokens over which the load shall be even: one lane's microbatch, or all lanes of a microbatch."""
     max_grad_norm: PositiveFloat | None = 1.0
-    """Bound of the one global gradient norm over all modules; null turns clipping off."""
+    """Bound of the one global gradient norm over all modules: gradients are multiplied by bound / (norm + 1e-6) where that is
+    below 1; null turns clipping off."""
     log_every: PositiveInt = 10
     """Steps between log lines."""
 

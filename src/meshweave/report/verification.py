@@ -29,4 +29,5 @@ def render_verification(report: Mapping[str, Any]) -> RenderableType:
         if report["passed"]
         else Text("NOT the same as the single process", style="bold red")
     )
-    return Group(table, Text(compared), verdict)
+    shared = Text(f"shared by both sides, so not compared: {report['shared']}", style="dim")
+    return Group(table, Text(compared), shared, verdict)

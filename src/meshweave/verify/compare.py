@@ -16,6 +16,7 @@ from meshweave.config import LANGUAGE, RunConfig
 from meshweave.data.build import build_datasets
 from meshweave.data.dataset import Dataset
 from meshweave.data.loader import Loader, LocalStep
+from meshweave.data.processed import ProcessedDataset
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.errors import ConfigError
 from meshweave.model.blueprint import STORED, blueprint_of
@@ -29,6 +30,7 @@ from meshweave.step.worker import Travel
 from meshweave.train.optimizer import build_optimizer, build_schedule
 from meshweave.verify.oracle import Expected, Oracle
 from meshweave.verify.precision import full_precision
+from meshweave.verify.reference_data import SHARED
 from meshweave.world import World
 
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4}
@@ -62,6 +64,8 @@ class VerifyReport:
     """Parameter tensors compared."""
     samples: int
     media_items: int
+    shared: str
+    """What the reference takes from the run, so that it is not covered."""
 
     @property
     def passed(self) -> bool:
@@ -128,12 +132,13 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
         samples += totals.samples
         items += sum(len(found) for plan in step.plan.microbatches for found in plan.items.values())
     weights = gather_led(model, world, whole_values(model))
+    shared = SHARED if isinstance(dataset, ProcessedDataset) else "the random samples"
     gradient = max(gradient, drift, key=lambda worst: worst.error)
     weight, compared = Worst(), 0
     if oracle is not None:
         parameters = oracle.parameters()
         weight, compared = _worst(weights, parameters, steps - 1), len(parameters)
-    mine = VerifyReport(steps, run.dtype, TOLERANCES[run.dtype], loss, gradient, weight, compared, samples, items)
+    mine = VerifyReport(steps, run.dtype, TOLERANCES[run.dtype], loss, gradient, weight, compared, samples, items, shared)
     return _from_first(mine, world)
 
 

@@ -14,12 +14,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from meshweave.config import RunConfig
 from meshweave.data.dataset import Dataset
 from meshweave.data.join import join_media
+from meshweave.data.processed import ProcessedDataset
 from meshweave.model.blueprint import auto_class, blueprint_of, implementations
 from meshweave.model.experts import routers
 from meshweave.model.frozen import frozen_names
 from meshweave.model.modules import graph_of
 from meshweave.model.routing import router_coefficient
-from meshweave.train.optimizer import build_optimizer, build_schedule
+from meshweave.verify.reference_data import stock_sample
+from meshweave.verify.reference_update import ReferenceUpdate
 
 _OF_VIDEOS = {"pixel_values": "pixel_values_videos", "image_grid_thw": "video_grid_thw"}
 """What the stock forward calls the inputs of videos, which a dataset names as those of images."""
@@ -40,15 +42,23 @@ class Expected:
 
 
 def stock_batch(model: PreTrainedModel, dataset: Dataset, samples: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
-    """What the stock forward of a model takes for some samples, in the model's dtype, and their labels `[samples, longest]`."""
-    texts = [dataset.text(sample) for sample in samples]
+    """What the stock forward of a model takes for some samples, in the model's dtype, and their labels `[samples, longest]`.
+
+    Of data from files all of it is the stock processor's (`reference_data`); random samples are what they are.
+    """
+    kinds: dict[str, list[Mapping[str, Tensor]]] = {}
+    if isinstance(dataset, ProcessedDataset):
+        stock = [stock_sample(dataset, sample) for sample in samples]
+        texts = [(ids, labels) for ids, labels, _ in stock]
+        kinds["image"] = [media for _, _, media in stock if media]
+    else:
+        texts = [dataset.text(sample) for sample in samples]
+        for sample in samples:
+            for slot, item in enumerate(dataset.meta(sample).media):
+                kinds.setdefault(item.kind, []).append(dataset.media(sample, slot))
     ids = pad_sequence([text for text, _ in texts], batch_first=True)
     labels = pad_sequence([label for _, label in texts], batch_first=True, padding_value=-100)
     inputs = {"input_ids": ids, "attention_mask": pad_sequence([torch.ones_like(text) for text, _ in texts], batch_first=True)}
-    kinds: dict[str, list[Mapping[str, Tensor]]] = {}
-    for sample in samples:
-        for slot, item in enumerate(dataset.meta(sample).media):
-            kinds.setdefault(item.kind, []).append(dataset.media(sample, slot))
     for kind, items in kinds.items():
         for key, value in join_media(items).items():
             name = _OF_VIDEOS.get(key, key) if kind == "video" else key
@@ -65,7 +75,7 @@ def stock_batch(model: PreTrainedModel, dataset: Dataset, samples: Sequence[int]
 class Oracle:
     """The stock model, one process, one batch per step, no meshweave code between tokens and gradients.
 
-    State: the model, its AdamW and its schedule; `step` advances them.
+    State: the model, and what its update remembers; `backward` and `update` advance them.
     """
 
     def __init__(
@@ -96,8 +106,8 @@ class Oracle:
         self.logits: list[Tensor] = []
         for router, index in routers(graph).values():
             router.register_forward_hook(lambda module, args, output, index=index: self.logits.append(output[index]))
-        self.optimizer = build_optimizer(run, {name: graph.parameters(name) for name in run.modules})
-        self.schedule = build_schedule(run, self.optimizer)
+        self.reference = ReferenceUpdate(run, {name: graph.parameters(name).values() for name in run.modules})
+        self.learned = False
 
     def backward(self, dataset: Dataset, samples: Sequence[int], groups: Sequence[Sequence[int]] = ()) -> Expected:
         """Loss and gradients of one step.
@@ -107,11 +117,12 @@ class Oracle:
         """
         inputs, labels = stock_batch(self.model, dataset, samples)
         mask = inputs["attention_mask"]
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         self.logits.clear()
         logits = self.model(**inputs, use_cache=False).logits
         predicted, target = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         targets = int((target != -100).sum())
+        self.learned = targets > 0
         loss = functional.cross_entropy(predicted, target, ignore_index=-100, reduction="sum")
         # Divided after backward: transformers rounds norms to float32 even in float64, and 1/N before would shift that rounding.
         aux = loss.new_zeros(())
@@ -141,11 +152,8 @@ class Oracle:
         return (labels[rows][:, 1:] != -100).sum() * torch.stack(losses).mean()
 
     def update(self) -> None:
-        """Clips and takes one optimizer step with the gradients of the last `backward`."""
-        if self.run.train.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.train.max_grad_norm)
-        self.optimizer.step()
-        self.schedule.step()
+        """Clips and takes one step with the gradients of the last `backward`; none where it had no target."""
+        self.reference.update(self.learned)
 
     def parameters(self) -> dict[str, Tensor]:
         """Current value of every parameter by full name; tied parameters once."""
