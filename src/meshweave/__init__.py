@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from meshweave.layout import Placement as Placement
     from meshweave.schedule.plan import plan_schedule as plan_schedule
     from meshweave.schedule.simulate import simulate as simulate
-    from meshweave.verify.compare import verify as verify
+    from meshweave.verification.compare import verify as verify
     from meshweave.world import launch as launch
 
 _HOMES = {
@@ -32,7 +32,7 @@ _HOMES = {
     "plan_step": "meshweave.batch.plan",
     "plan_transfer": "meshweave.boundary",
     "simulate": "meshweave.schedule.simulate",
-    "verify": "meshweave.verify.compare",
+    "verify": "meshweave.verification.compare",
 }
 
 __all__ = list(_HOMES)

@@ -55,3 +55,8 @@ class CheckpointError(MeshweaveError):
 
 class ScheduleError(MeshweaveError):
     """A schedule cannot run: it would deadlock, or an action is missing, doubled, or before what it needs."""
+
+
+def cause(error: BaseException) -> str:
+    """A library's error in one line, for a message of ours."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

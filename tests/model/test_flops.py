@@ -10,7 +10,7 @@ from meshweave.config import LANGUAGE
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.model.flops import count_flops
 from meshweave.model.modules import VISION, graph_of
-from meshweave.verify.oracle import stock_batch
+from meshweave.verification.oracle import stock_batch
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_moe", "qwen3_vl"])

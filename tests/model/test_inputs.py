@@ -14,7 +14,7 @@ from meshweave.data.synthetic import SyntheticDataset
 from meshweave.model.blueprint import auto_class
 from meshweave.model.inputs import merge_inputs, merge_sounds, position_ids
 from meshweave.model.modules import AUDIO, VISION
-from meshweave.verify.oracle import stock_batch
+from meshweave.verification.oracle import stock_batch
 
 SAMPLES = (0, 1, 2, 3)
 

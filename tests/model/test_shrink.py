@@ -21,7 +21,7 @@ from meshweave.model.check import check_model
 from meshweave.model.modules import graph_of
 from meshweave.model.shrink import VOCABULARY, shrink, shrink_run
 from meshweave.model.stages import stage_cuts
-from meshweave.verify.oracle import stock_batch
+from meshweave.verification.oracle import stock_batch
 
 LARGE = {
     "llava": LlavaConfig(text_config=LlamaConfig(hidden_size=8192, num_attention_heads=64, num_key_value_heads=8)),

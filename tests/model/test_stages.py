@@ -27,7 +27,7 @@ from meshweave.model.modules import VISION, ModelGraph, graph_of
 from meshweave.model.parts import parts_of
 from meshweave.model.stages import cut_blocks, stage_costs, stage_cuts
 from meshweave.sequence.grid import UNCUT, lay_out
-from meshweave.verify.oracle import stock_batch
+from meshweave.verification.oracle import stock_batch
 
 VISION_LAYERS, LANGUAGE_LAYERS = 4, 5
 TEXT_ONLY, IMAGES = (1, 5), (0, 1, 2, 3)

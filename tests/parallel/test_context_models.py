@@ -32,7 +32,7 @@ from meshweave.parallel.context import IMPLEMENTATION, SequencePlan, context_gro
 from meshweave.sequence import Document, LaneSequence, cut_sequence
 from meshweave.sequence import tiles as tiles_module
 from meshweave.sequence.tiles import rows_of
-from meshweave.verify.precision import full_precision
+from meshweave.verification.precision import full_precision
 
 TINY: dict[str, Any] = {
     "vocab_size": 64,

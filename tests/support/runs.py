@@ -9,7 +9,7 @@ from meshweave.batch.plan import SampleMeta
 from meshweave.config import RunConfig, parse_config
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.model.blueprint import read_model_config
-from meshweave.verify.compare import VerifyReport, verify
+from meshweave.verification.compare import VerifyReport, verify
 from meshweave.world import launch
 
 STEPS = 3
@@ -49,7 +49,7 @@ def verified(run: RunConfig, steps: int = STEPS) -> VerifyReport:
 
 
 class TextOnly(SyntheticDataset):
-    """Its samples without media alone; a test puts it in the place of `meshweave.verify.compare.SyntheticDataset`."""
+    """Its samples without media alone; a test puts it in the place of `meshweave.verification.compare.SyntheticDataset`."""
 
     def __init__(self, config: Any, samples: int, seed: int) -> None:
         super().__init__(config, 4 * samples, seed)

@@ -19,7 +19,7 @@ from meshweave.model.modules import media_widths
 from meshweave.parallel.build import build_model
 from meshweave.step.worker import Travel
 from meshweave.train.evaluation import Evaluation, evaluate
-from meshweave.verify.oracle import stock_batch
+from meshweave.verification.oracle import stock_batch
 from meshweave.world import World, launch
 
 SAMPLES = 11

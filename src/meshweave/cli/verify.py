@@ -27,7 +27,7 @@ def verify_command(
     from meshweave.model.check import check_executable, check_model
     from meshweave.model.shrink import shrink_run
     from meshweave.report.verification import render_verification
-    from meshweave.verify.compare import verify
+    from meshweave.verification.compare import verify
     from meshweave.world import launch
 
     def work() -> None:

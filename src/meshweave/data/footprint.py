@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from meshweave.data.outlines import outline_of
-from meshweave.errors import DataError
+from meshweave.errors import DataError, cause
 
 PROBES = ((1, 1), (3, 50), (313, 1), (64, 64), (48, 112), (900, 1200), (2100, 1500))
 """(height, width) of blank images that a processor's arithmetic is checked with: where bounds bite."""
@@ -110,6 +110,4 @@ def _require_shape(size: tuple[int, int]) -> None:
 
 def _refusal(processor: Any, size: tuple[int, int], error: Exception) -> DataError:
     name = type(processor.image_processor).__name__
-    return DataError(
-        f"a picture {size[1]} wide and {size[0]} high is refused by {name} ({type(error).__name__}: {error})", "processor"
-    )
+    return DataError(f"a picture {size[1]} wide and {size[0]} high is refused by {name} ({cause(error)})", "processor")

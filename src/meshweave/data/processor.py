@@ -16,7 +16,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
-from meshweave.errors import ConfigError
+from meshweave.errors import ConfigError, cause
 
 _NAMES_THE_CLASS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 _READ: dict[str, Any] = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor}
@@ -28,7 +28,8 @@ def load_processor(folder: Path) -> Any:
     """The processor of a model folder, as the hub publishes them, without parts for videos and sounds.
 
     Image processors are transformers' PIL ones, whether torchvision is there or not. A template is looked for where transformers
-    looks (chat_template.jinja, chat_template.json, processor_config.json), then in tokenizer_config.json.
+    looks (processor_config.json, chat_template.json, chat_template.jinja, the first that has one), then in tokenizer_config.json.
+    Where preprocessor_config.json has `min_pixels` or `max_pixels` beside a `size`, the stock class takes the pixels.
 
     Raises:
         ConfigError: a part is missing or cannot be read, or it has no chat template, image token or fast tokenizer.
@@ -143,6 +144,6 @@ def _read(folder: Path, files: str, make: Callable[[], Made]) -> Made:
         return make()
     except Exception as error:  # whatever a library raises of a folder is about the folder
         raise ConfigError(
-            f"model: {str(folder)!r}: transformers cannot read {files} ({type(error).__name__}: {error}); copy the files from "
+            f"model: {str(folder)!r}: transformers cannot read {files} ({cause(error)}); copy the files from "
             "where the model was published"
         ) from error

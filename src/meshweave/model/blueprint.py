@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from meshweave.errors import CheckpointError, ConfigError
+from meshweave.errors import CheckpointError, ConfigError, cause
 
 STORED = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """Run dtype to the dtype of parameters, optimizer state and gradient sums."""
@@ -41,9 +41,13 @@ def read_model_config(folder: Path) -> PreTrainedConfig:
             "the id of a model on the Hub"
         )
     try:
-        return AutoConfig.from_pretrained(folder)
-    except Exception as error:  # whatever the library raises of a config
-        raise CheckpointError(f"model: {folder / 'config.json'} is not a config this transformers can read: {error}") from error
+        # Else transformers asks on the terminal whether code of the folder may run.
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever a library raises of a config is about the config
+        raise CheckpointError(
+            f"model: {folder / 'config.json'} is not a config this transformers can read ({cause(error)}); "
+            "copy it from where the model was published"
+        ) from error
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -59,9 +63,20 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def blueprint_of(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The whole model on the meta device: shapes and names, no memory. Raises ConfigError: as `auto_class`."""
+    """The whole model on the meta device: shapes and names, no memory.
+
+    Raises:
+        ConfigError: transformers has no class for the config, or one that cannot be built of it.
+    """
     # A copy: transformers writes these choices into the config that a model is made from.
     config = copy.deepcopy(config)
-    with torch.device("meta"):
-        model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype, **implementations(dtype))
+    stock = auto_class(config)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = stock.from_config(config, dtype=dtype, **implementations(dtype))
+    except Exception as error:  # whatever a stock class raises of its config is about the config
+        raise ConfigError(
+            f"model: config.json: transformers cannot build its {config.model_type} model ({cause(error)}); "
+            "compare it with the published one"
+        ) from error
     return model.train()

@@ -66,7 +66,7 @@ def suggest(
     if gibibytes > _SHARE * memory:
         fewest = -(-count * _BYTES // int(_SHARE * memory * 2**30))
         raise ConfigError(
-            f"{model}: parameters, gradients and optimizer state of {count / 1e9:.1f} B parameters take {gibibytes:.0f} GiB on each of "
+            f"{model}: {count / 1e9:.1f} B parameters, their gradients and optimizer state take {gibibytes:.0f} GiB on each of "
             f"{gpus} GPUs, more than {_SHARE:.0%} of {memory:g} GiB; give --gpus {fewest} or more, or freeze a module"
         )
     text = config.get_text_config()
@@ -93,18 +93,18 @@ def run_file_text(its: Suggestion, name: str) -> str:
         name: of the file, for its commands.
     """
     ranks = f"0-{its.gpus - 1}" if its.gpus > 1 else "0"
-    encoders = "\n".join(
-        f"  {encoder}:\n    ranks: {ranks}\n    dp: {its.gpus:<22}# every rank encodes its share, balanced by cost"
-        for encoder in its.encoders
-    )
+    each = f"    ranks: {ranks}\n    dp: {its.gpus:<22}# every rank encodes its share, balanced by cost"
+    encoders = "\n".join(f"  {encoder}:\n{each}" for encoder in its.encoders)
     experts = f"\n    ep: {its.ep:<22}# whole experts a rank" if its.ep > 1 else ""
     if its.data is None:
         data = "  path: data.jsonl            # JSON, JSONL, parquet or a folder of datasets; docs/data.md says what is read"
     else:
         data = f"  path: {its.data}\n  images: {its.images}"
     epoch = "one epoch" if its.records is not None else "the number of records is not known yet"
-    return f"""# {its.model} on {its.gpus} GPU{"" if its.gpus == 1 else "s"}: a place to start from, not the best layout. Every rank encodes; the language model is tensor-parallel
-# only where it is large. {its.parameters / 1e9:.2f} B parameters, gradients and optimizer state take {its.gibibytes:.1f} GiB a GPU, activations not counted.
+    size = f"{its.parameters / 1e9:.2f} B parameters, their gradients and optimizer state take {its.gibibytes:.1f} GiB a GPU"
+    return f"""# {its.model} on {its.gpus} GPU{"" if its.gpus == 1 else "s"}: a place to start from, not the best layout.
+# Every rank encodes; the language model is tensor-parallel only where it is large.
+# {size}, activations not counted.
 #   meshweave inspect {name}                 who holds what; starts nothing
 #   meshweave data check {name}              what is in the data, and what a run would skip
 #   meshweave balance {name}                 how even the data can be worked

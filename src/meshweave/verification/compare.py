@@ -28,9 +28,9 @@ from meshweave.step.run import Totals, finish_gradients, run_step
 from meshweave.step.schedules import agreed_schedule
 from meshweave.step.worker import Travel
 from meshweave.train.optimizer import build_optimizer, build_schedule
-from meshweave.verify.oracle import Expected, Oracle
-from meshweave.verify.precision import full_precision
-from meshweave.verify.reference_data import SHARED
+from meshweave.verification.oracle import Expected, Oracle
+from meshweave.verification.precision import full_precision
+from meshweave.verification.reference_data import SHARED
 from meshweave.world import World
 
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4}

@@ -113,7 +113,7 @@ def test_a_gradient_scaled_by_two_in_one_module_is_found(tmp_path: Path, monkeyp
         scale_gradients({"vision": model.modules["vision"]}, 2.0)
         return totals
 
-    monkeypatch.setattr("meshweave.verify.compare.run_step", doubled)
+    monkeypatch.setattr("meshweave.verification.compare.run_step", doubled)
     report = verified(run_of(write_model_folder(CONFIGS["llava"](), tmp_path), *PAIRS["vision dp4, language tp2 dp2"]), steps=1)
     assert not report.passed
     assert report.gradient.error == pytest.approx(1.0, rel=1e-6)
@@ -133,7 +133,7 @@ def test_two_swapped_images_are_found(tmp_path: Path, monkeypatch: pytest.Monkey
     ) -> Loader:
         return build_loader(run, Swapped(read_model_config(run.model), len(dataset), seed=3), world, schedule, rule, **options)
 
-    monkeypatch.setattr("meshweave.verify.compare.build_loader", build_swapped)
+    monkeypatch.setattr("meshweave.verification.compare.build_loader", build_swapped)
     report = verified(run_of(write_model_folder(CONFIGS["llava"](), tmp_path), *PAIRS["vision dp4, language tp2 dp2"]), steps=1)
     assert not report.passed
     assert report.gradient.error > 1e-3
@@ -160,7 +160,7 @@ def test_wrong_initial_weights_are_found(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_steps_without_any_media_leave_the_encoder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshweave.verify.compare.SyntheticDataset", TextOnly)
+    monkeypatch.setattr("meshweave.verification.compare.SyntheticDataset", TextOnly)
     folder = write_model_folder(CONFIGS["llava"](), tmp_path)
     report = verified(run_of(folder, *PAIRS["vision dp4, language tp2 dp2"]), steps=2)
     assert report.passed, report
@@ -182,7 +182,7 @@ def test_a_replica_that_drifts_away_is_found(language: Any, tmp_path: Path, monk
             local_gradients([norm])[0].mul_(-5.0)
         return totals
 
-    monkeypatch.setattr("meshweave.verify.compare.run_step", drifting)
+    monkeypatch.setattr("meshweave.verification.compare.run_step", drifting)
     report = verified(run_of(write_model_folder(CONFIGS["llava"](), tmp_path), module("0-1", dp=2), language), steps=1)
     assert not report.passed
     assert "replica on rank 1" in report.gradient.name

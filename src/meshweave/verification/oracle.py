@@ -20,8 +20,8 @@ from meshweave.model.experts import routers
 from meshweave.model.frozen import frozen_names
 from meshweave.model.modules import graph_of
 from meshweave.model.routing import router_coefficient
-from meshweave.verify.reference_data import stock_sample
-from meshweave.verify.reference_update import ReferenceUpdate
+from meshweave.verification.reference_data import stock_sample
+from meshweave.verification.reference_update import ReferenceUpdate
 
 _OF_VIDEOS = {"pixel_values": "pixel_values_videos", "image_grid_thw": "video_grid_thw"}
 """What the stock forward calls the inputs of videos, which a dataset names as those of images."""

@@ -19,7 +19,7 @@ from meshweave.parallel.context import SequencePlan
 from meshweave.parallel.mesh import build_meshes
 from meshweave.sequence import Document, LaneSequence
 from meshweave.sequence.grid import LaneGrid
-from meshweave.verify.compare import VerifyReport
+from meshweave.verification.compare import VerifyReport
 
 PACKED = {"pack": True, "microbatches": 1}
 CP2 = (module("0-1", dp=2), module("0-1", cp=2))

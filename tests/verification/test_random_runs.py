@@ -1,7 +1,7 @@
 """Whatever a run file may say, the model trains as in one process: runs drawn at random, two steps each, in float64.
 
-`MESHWEAVE_SEEDS=200 pytest tests/verify/test_random_runs.py` draws 200 instead of `COVERING`, `MESHWEAVE_SEEDS=200-300` those of
-these numbers; a seed always draws the same run. A draw that the command line would refuse before it starts a process is skipped.
+`MESHWEAVE_SEEDS=200 pytest tests/verification/test_random_runs.py` draws 200 instead of `COVERING`, `MESHWEAVE_SEEDS=200-300`
+those of these numbers; a seed always draws the same run. A draw that the command line would refuse before it starts a process is skipped.
 """
 
 import os
@@ -227,7 +227,7 @@ def seeds() -> list[int]:
 @pytest.mark.parametrize("seed", seeds())
 def test_a_random_run_equals_the_single_process(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, config = draw_run(seed, tmp_path)
-    monkeypatch.setattr("meshweave.verify.compare.SyntheticDataset", dataset_of(config))
+    monkeypatch.setattr("meshweave.verification.compare.SyntheticDataset", dataset_of(config))
     message = refused(run, config, dataset_of(config)(config, STEPS * run.train.batch_size, run.seed))
     if message is not None:
         assert "MESHWEAVE_SEEDS" in os.environ, message

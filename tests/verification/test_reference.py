@@ -21,10 +21,10 @@ from meshweave.data.processed import ProcessedDataset
 from meshweave.data.targets import Answers
 from meshweave.model.blueprint import read_model_config
 from meshweave.train import optimizer
-from meshweave.verify import compare
-from meshweave.verify.compare import VerifyReport
-from meshweave.verify.reference_data import stock_sample
-from meshweave.verify.reference_update import rate_at
+from meshweave.verification import compare
+from meshweave.verification.compare import VerifyReport
+from meshweave.verification.reference_data import stock_sample
+from meshweave.verification.reference_update import rate_at
 
 ONE = module("0"), module("0")
 TALK = [

@@ -20,7 +20,7 @@ from meshweave.model.blueprint import blueprint_of, read_model_config
 from meshweave.model.modules import graph_of
 from meshweave.model.routing import Balance, Routing, balance, routing_of
 from meshweave.train.trainer import train
-from meshweave.verify.compare import VerifyReport
+from meshweave.verification.compare import VerifyReport
 from meshweave.world import launch
 
 LANE = {"router_aux_loss": 0.5}
@@ -118,7 +118,7 @@ def test_an_expert_or_all_of_a_rank_may_get_no_token(case: str, tmp_path: Path, 
 
 
 def test_steps_without_any_media_route_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshweave.verify.compare.SyntheticDataset", TextOnly)
+    monkeypatch.setattr("meshweave.verification.compare.SyntheticDataset", TextOnly)
     report = CASES["pp2 ep2"].verified(tmp_path)
     assert report.passed, report
     assert report.media_items == 0

@@ -47,7 +47,7 @@ def run_on(placement: str, folder: Path, **changes: Any) -> RunConfig:
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_two_encoders_equal_the_single_process(placement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshweave.verify.compare.SyntheticDataset", ImagesAndSounds)
+    monkeypatch.setattr("meshweave.verification.compare.SyntheticDataset", ImagesAndSounds)
     report = verified(run_on(placement, tmp_path, train={"microbatches": 3}), steps=2)
     assert report.passed, report
     assert report.samples == 20

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from meshweave.data.synthetic import SyntheticDataset
 from meshweave.step.token_mail import TokenMail
-from meshweave.verify.compare import VerifyReport
+from meshweave.verification.compare import VerifyReport
 
 NESTED = {"encoders": "nested"}
 ZERO_BUBBLE = {"language": "zero_bubble"}
@@ -158,7 +158,7 @@ def test_a_pipeline_equals_the_single_process(case: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("case", ["apart: pp2 into pp2, deepstack", "colocated: tp2 across stages", "nested: dp2 and pp2"])
 def test_a_pipeline_may_meet_steps_without_any_media(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshweave.verify.compare.SyntheticDataset", TextOnly)
+    monkeypatch.setattr("meshweave.verification.compare.SyntheticDataset", TextOnly)
     report = CASES[case].verified(tmp_path)
     assert report.passed, report
     assert report.media_items == 0
@@ -183,7 +183,7 @@ def test_gradients_of_swapped_microbatches_are_found(tmp_path: Path, monkeypatch
 
     taken = TokenMail.taken
     case = Case("llava", module("0-1", dp=2), module("0-1", pp=2), 2, batch_size=4)
-    monkeypatch.setattr("meshweave.verify.compare.SyntheticDataset", Alike)
+    monkeypatch.setattr("meshweave.verification.compare.SyntheticDataset", Alike)
     assert case.verified(tmp_path).passed
     monkeypatch.setattr(TokenMail, "taken", swapped)
     report = case.verified(tmp_path)
