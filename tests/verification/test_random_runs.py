@@ -1,7 +1,8 @@
 """Whatever a run file may say, the model trains as in one process: runs drawn at random, two steps each, in float64.
 
 `MESHWEAVE_SEEDS=200 pytest tests/verification/test_random_runs.py` draws 200 instead of `COVERING`, `MESHWEAVE_SEEDS=200-300`
-those of these numbers; a seed always draws the same run. A draw that the command line would refuse before it starts a process is skipped.
+those of these numbers; a seed always draws the same run. A draw that the command line would refuse before it starts a process
+is skipped.
 """
 
 import os

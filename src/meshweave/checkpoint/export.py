@@ -28,7 +28,7 @@ def export_model(world: World, model: LocalModel, config: PreTrainedConfig, run:
         stock = auto_class(config).from_config(config, dtype=STORED[run.dtype])
     stock.load_state_dict(gathered, strict=False, assign=True)
     stock.tie_weights()
-    _fill_buffers(stock, config, run)
+    _fill_untrained(stock, config, run)
     if (source / "generation_config.json").exists():
         stock.generation_config = GenerationConfig.from_pretrained(source)
     stock.save_pretrained(folder)
@@ -46,13 +46,16 @@ def _copy_others(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / place)
 
 
-def _fill_buffers(stock: PreTrainedModel, config: PreTrainedConfig, run: RunConfig) -> None:
-    """Those that are stored are as they were at the start: nothing trains them."""
-    saved = stock.state_dict().keys() & {name for name, _ in stock.named_buffers()}
-    if not saved:
+def _fill_untrained(stock: PreTrainedModel, config: PreTrainedConfig, run: RunConfig) -> None:
+    """Stored buffers, and parameters of encoders that the run has no module for, are as they were at the start."""
+    kept = stock.state_dict().keys()
+    stored = {name for name, _ in stock.named_buffers() if name in kept}
+    unheld = {name for name, parameter in stock.named_parameters() if parameter.is_meta}
+    if not stored | unheld:
         return
     materialise(stock, torch.device("cpu"))
-    targets = {name: buffer for name, buffer in stock.named_buffers() if name in saved}
+    tensors: dict[str, torch.Tensor] = {**dict(stock.named_buffers()), **dict(stock.named_parameters())}
+    targets = {name: tensors[name] for name in stored | unheld}
     blueprint = blueprint_of(config, STORED[run.dtype])
     if run.weights == "seeded":
         fill_seeded(targets, blueprint, run.seed)

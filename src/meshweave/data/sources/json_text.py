@@ -17,7 +17,8 @@ import numpy as np
 
 from meshweave.errors import DataError
 
-_AT_ONCE = 1 << 24
+_AT_ONCE = 1 << 21
+"""Bytes that are looked through together: what is found in more would be memory that a process keeps."""
 _QUOTE, _BACKSLASH, _COMMA, _OPEN, _CLOSE, _LINE = b'"\\,[]\n'
 _NEWLINE = b"\n"
 _SHORT = 16
@@ -76,6 +77,9 @@ class JsonText:
         if kept is None or not kept.exists():
             data = np.frombuffer(self._text, dtype=np.uint8)
             spans = _elements(data, self._first) if self.listed else _lines(data, self._first)
+            del data
+            if isinstance(self._text, mmap.mmap):
+                self._text.madvise(mmap.MADV_DONTNEED)  # what was looked through once need not stay mapped
             if kept is None or not len(spans) or not _keep(spans, kept):
                 return spans
         return np.load(kept, mmap_mode="r")
