@@ -38,6 +38,14 @@ RECORDS = [
     {"image": "b.png", "system": "Be terse.", "conversations": TALK[:2]},
     {"conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "The answer."}]},
     {"image": "b.png", "conversations": [*TALK[:3], TALK[3] | {"loss": False}]},
+    {
+        "conversations": [
+            {"from": "human", "value": "Why?"},
+            {"from": "gpt", "value": "<think>\nFur.\n</think>\n\nA cat."},
+            *TALK[2:],
+        ]
+    },
+    {"conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "This one.", "loss": True}]},
 ]
 
 
@@ -52,7 +60,7 @@ def with_data(folder: Path, family: str = "llava", **data: Any) -> dict[str, Any
 
 def report_of(folder: Path, *, steps: int = 2, layout: Any = ONE, family: str = "llava", **options: Any) -> VerifyReport:
     data = with_data(folder, family, **options.pop("data", {}))
-    train = {"batch_size": 4, "microbatches": 1, "weight_decay": 0.1, "warmup_steps": 3, "steps": 6} | options.pop("train", {})
+    train = {"batch_size": 6, "microbatches": 1, "weight_decay": 0.1, "warmup_steps": 3, "steps": 6} | options.pop("train", {})
     vision, language = layout
     run = run_of(folder / "model", vision | options.pop("vision", {}), language, data=data, train=train, **options)
     return verified(run, steps=steps)
@@ -61,12 +69,12 @@ def report_of(folder: Path, *, steps: int = 2, layout: Any = ONE, family: str = 
 def test_a_right_run_of_every_rule_passes(tmp_path: Path) -> None:
     report = report_of(tmp_path, steps=5, vision={"lr": 3e-4}, train={"max_grad_norm": 0.01, "min_lr_ratio": 0.2})
     assert report.passed, report
-    assert report.shared == "reading of records and pictures, limits of the run file"
+    assert report.shared.startswith("reading of records and pictures")
 
 
 @pytest.mark.parametrize("train_on", ["last", "flagged"])
 def test_a_right_run_of_some_answers_passes(train_on: str, tmp_path: Path) -> None:
-    """No record flags an answer with yes, so there is nothing to learn, and no update, under `flagged`."""
+    """A step in which no record flags an answer with yes has nothing to learn, and makes no update, under `flagged`."""
     report = report_of(tmp_path, data={"train_on": train_on})
     assert report.passed, report
 
@@ -113,9 +121,9 @@ WRONG_UPDATES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "decay on norms and biases": (wrong_decay, "norm|bias"),
     "no decay": (no_decay, "weight"),
     "a module's rate ignored": (one_rate, "vision_tower|multi_modal_projector"),
-    "warm-up off by one": (late_warm_up, "."),
-    "betas swapped": (swapped_betas, "."),
-    "not clipped": (unclipped, "."),
+    "warm-up off by one": (late_warm_up, r"\.weight|\.bias"),
+    "betas swapped": (swapped_betas, r"\.weight|\.bias"),
+    "not clipped": (unclipped, r"\.weight|\.bias"),
 }
 
 
@@ -168,7 +176,10 @@ def test_wrong_targets_are_found_and_counted(
     plant(monkeypatch)
     report = report_of(tmp_path, steps=1)
     assert not report.passed
-    assert "target tokens, the plain model has" in report.loss.name
+    found = re.fullmatch(r"(\d+) target tokens, the plain model has (\d+)", report.loss.name)
+    assert found is not None
+    mine, its = map(int, found.groups())
+    assert mine > its if plant is questions_too else mine < its
 
 
 def test_a_system_turn_that_is_lost_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

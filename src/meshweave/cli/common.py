@@ -28,7 +28,7 @@ def load_run(run_file: Path, overrides: list[str] | None, need: "Need") -> RunCo
     from meshweave.model.hub import with_local_model
 
     run = load_config(run_file, overrides or ())
-    found = with_local_model(run, need)
+    found = with_local_model(run, "processor" if need == "weights" and run.weights == "seeded" else need)
     if found.model != run.model:
         Console(stderr=True).print(f"model: {run.model} is {found.model}", style="dim", highlight=False, soft_wrap=True)
     return found

@@ -16,8 +16,9 @@ generation: what the model would have to write by itself, and no more. In detail
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,9 @@ LITERALS = {"\ue100": "<image>", "\ue101": "<video>", "\ue102": "<audio>"}
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _PRIVATE = re.compile("[\ue000-\ue001\ue100-\ue102]")
 _NOT_THERE = "so the answers cannot be located; split the conversation, or mark them with {% generation %} in the template"
+
+_STRIPPED: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
+"""What templates may do to a text."""
 
 Span = tuple[int, int]
 
@@ -198,8 +202,8 @@ class Answers:
 
     def _placed(self, messages: Sequence[Mapping[str, Any]], text: str, tools: Sequence[Any]) -> list[Span]:
         """Where what each turn says lies in the text; for a turn that says nothing, an empty span between its neighbours."""
-        for stripped in (str, str.strip, str.lstrip, str.rstrip):
-            marked = self._render([_between(message, stripped) for message in messages], tools)
+        for stripped, behind in product(_STRIPPED, (False, True)):
+            marked = self._render([_between(message, stripped, behind) for message in messages], tools)
             opens, closes = ([match.start() for match in re.finditer(mark, marked)] for mark in (_OPEN, _CLOSE))
             said = [number for number, message in enumerate(messages) if _says(message)]
             same = marked.replace(_OPEN, "").replace(_CLOSE, "") == text
@@ -279,8 +283,8 @@ def _says(message: Mapping[str, Any]) -> bool:
     return any(part["type"] == "text" and part["text"].strip() for part in message["content"])
 
 
-def _between(message: Mapping[str, Any], stripped: Any) -> Mapping[str, Any]:
-    """A message whose texts stand between private characters, behind what it has of reasoning."""
+def _between(message: Mapping[str, Any], stripped: Callable[[str], str], behind: bool) -> Mapping[str, Any]:
+    """A message whose texts stand between private characters; `behind` its reasoning, which some templates take apart."""
     if not _says(message):
         return message
     parts = [dict(part) for part in message["content"]]
@@ -288,7 +292,7 @@ def _between(message: Mapping[str, Any], stripped: Any) -> Mapping[str, Any]:
     for part in texts:
         part["text"] = stripped(part["text"])
     said = [part for part in texts if part["text"].strip()]
-    thought = re.match(r".*</think>\s*", said[0]["text"], re.DOTALL) if message["role"] == "assistant" else None
+    thought = re.match(r".*</think>\s*", said[0]["text"], re.DOTALL) if behind and message["role"] == "assistant" else None
     cut = thought.end() if thought else 0
     said[0]["text"] = said[0]["text"][:cut] + _OPEN + said[0]["text"][cut:]
     said[-1]["text"] += _CLOSE

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from meshweave.data.faults import Fault, too_many
+from meshweave.data.faults import FEWEST, Fault, too_many
 from meshweave.errors import FaultKind
 from meshweave.report.balance import Spread
 from meshweave.report.curves import COLOURS, FAINT, INK
@@ -196,6 +196,9 @@ def _verdict(report: DataReport) -> Text:
     if not len(report.tokens):
         return Text("nothing is left to train on", style="bold red")
     share = report.unreadable / report.samples
+    if report.passed and share > report.max_skipped:
+        few = f"a run goes on: of fewer than {FEWEST} samples, data.max_skipped={report.max_skipped:g} allows as many as of these"
+        return Text(f"{share:.1%} unreadable; {few}", style="yellow")
     if report.passed:
         return Text(f"{share:.1%} unreadable, within data.max_skipped={report.max_skipped:g}", style="green")
     return Text(f"{share:.1%} unreadable, more than data.max_skipped={report.max_skipped:g}: a run would stop", style="bold red")

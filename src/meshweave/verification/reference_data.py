@@ -1,8 +1,7 @@
 """What do the stock processor and template make of a sample, and which tokens of it are targets? Written once more, and simply.
 
 `data/targets.py` documents the rules. Here answers are found by rendering what comes before each with the generation prompt, and
-pixels and ids come from the stock processor's own call on the whole sample. Reading of records and pictures, and the run file's
-limits, are shared with the run.
+pixels and ids come from the stock processor's own call on the whole sample. `SHARED` says what both sides have in common.
 """
 
 import re
@@ -15,7 +14,10 @@ from torch import Tensor
 from meshweave.data.dataset import IGNORE, RawSample
 from meshweave.data.processed import ProcessedDataset
 
-SHARED = "reading of records and pictures, limits of the run file"
+SHARED = (
+    "reading of records and pictures, limits of the run file, the processor that was loaded, which tokens end an answer, which "
+    "parameters are frozen; and the ids of samples that speak of a mark (<image>) which the tokenizer has a token for"
+)
 """What a comparison on data from files does not cover."""
 _MARKS = ("<image>", "<video>", "<audio>")
 
