@@ -130,7 +130,8 @@ CASES: dict[str, tuple[str, RawSample, list[str], dict[str, Any]]] = {
         {"eos": "</s>"},
     ),
     "no generation prompt, reasoning in the text": (
-        "{% for m in messages %}{{ '<|start|>' + m.content[0].text + ('<|im_end|>' if m.role == 'assistant' else '<|end|>') }}{% endfor %}",
+        "{% for m in messages %}{{ '<|start|>' + m.content[0].text }}"
+        "{{ '<|im_end|>' if m.role == 'assistant' else '<|end|>' }}{% endfor %}",
         talk(("user", "What?"), ("assistant", "<think>\nFur.\n</think>\n\nA cat.")),
         ["<think>\nFur.\n</think>\n\nA cat.<|im_end|>"],
         {},
