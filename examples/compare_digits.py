@@ -25,7 +25,7 @@ def main(steps: int = 12) -> None:
         short = [f"train.steps={steps}", "train.microbatches=4", "train.warmup_steps=0", "data.eval_samples=0"]
         short.append(f"output=runs/digits/{name}")
         run = meshweave.load_config(Path(__file__).with_name("digits.yaml"), ["model=runs/digits/start", *changes, *short])
-        summary = meshweave.launch(run, partial(train, config=read_model_config(run.model)))
+        summary = meshweave.launch(run, partial(train, config=read_model_config(run.model), overwrite=True))
         if summary is not None:
             where = ", ".join(f"{module} {placement}" for module, placement in placements(run).items())
             speed = f"{summary.seconds / summary.steps:.2f} s a step, {summary.tokens_per_second:,.0f} tokens/s"

@@ -52,8 +52,12 @@ def test_the_first_faults_of_a_kind_are_named_in_whatever_order_they_come() -> N
 
 def test_what_is_left_out_on_purpose_does_not_stop_a_run_but_faults_do() -> None:
     assert report(*(good(sample) for sample in range(10)), *(long(sample) for sample in range(10, 20))).passed
-    assert not report(*(good(sample) for sample in range(10)), broken(10)).passed
-    assert report(*(good(sample) for sample in range(10)), broken(10), max_skipped=0.1).passed
+    bad = [broken(sample) for sample in range(11)]
+    assert not report(*(good(sample) for sample in range(100)), *bad).passed
+    assert report(*(good(sample) for sample in range(100)), *bad, max_skipped=0.1).passed
+    few = report(*(good(sample) for sample in range(10)), *bad[:2])
+    assert few.passed
+    assert "16.7% unreadable; a run goes on: of fewer than 200 samples" in text_of(render_data(few))
     assert not report(long(0), long(1)).passed
     assert "nothing is left to train on" in text_of(render_data(report(long(0))))
 
