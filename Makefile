@@ -35,6 +35,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/nested.py
 	$(BIN)/python benchmarks/pipelines.py
 	$(BIN)/python benchmarks/heterogeneous.py
+	$(BIN)/python benchmarks/data_index.py
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "meshweave needs Python 3.11 or newer, $(PYTHON) is %d.%d; set PYTHON=" % sys.version_info[:2])'
