@@ -117,3 +117,18 @@ def test_random_samples_are_nothing_to_check(tmp_path: Path) -> None:
     run = parse_config(tree)
     with pytest.raises(ConfigError, match="names no data that could be checked"):
         data_to_check(run, read_model_config(run.model))
+
+
+def test_balance_counts_what_is_left_out_and_what_limits_do_by_kind(tmp_path: Path) -> None:
+    records = [*[GOOD] * 6, *RECORDS[-2:], GOOD | {"image": "none.png"}]
+    file = run_file(tmp_path, records, max_pixels=1000, max_length=60)
+    overrides = ["--set", "train.batch_size=9"]
+    result = CliRunner().invoke(app, ["balance", str(file), *overrides])
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.output.split())
+    assert "3 samples left out: " in shown
+    for part in ("1 × no target", "1 × too long", "1 × missing file", "6 × pictures reduced to data.max_pixels"):
+        assert part in shown
+    report = json.loads(CliRunner().invoke(app, ["balance", str(file), *overrides, "--json"]).output)
+    assert report["faults"] == {"no target": 1, "too long": 1, "missing file": 1}
+    assert report["effects"] == {"pictures reduced to data.max_pixels": 6}

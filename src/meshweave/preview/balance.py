@@ -1,5 +1,6 @@
 """How evenly would a run's data be worked? Plans steps from metadata; decodes nothing and starts no process."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -8,8 +9,10 @@ from meshweave.batch.plan import EncoderPasses, MediaMeta, SampleMeta, StepPlan,
 from meshweave.batch.slots import Packing
 from meshweave.config import LANGUAGE, RunConfig
 from meshweave.data.build import dataset_of
+from meshweave.data.dataset import Dataset
 from meshweave.data.loader import Loader
-from meshweave.errors import LayoutError
+from meshweave.data.processed import ProcessedDataset
+from meshweave.errors import DataError, FaultKind, LayoutError
 from meshweave.layout import Placement, placements
 from meshweave.model.blueprint import STORED, blueprint_of, read_model_config
 from meshweave.model.check import check_model
@@ -43,7 +46,7 @@ def balance_run(run: RunConfig, steps: int) -> BalanceReport:
     counts = {name: [sum(media.module == name for media in sample.media) for sample in samples] for name in run.encoders}
     return BalanceReport(
         samples=len(samples),
-        skipped=skipped,
+        skipped=len(skipped),
         tokens=Spread.of([sample.tokens for sample in samples]),
         media={name: Spread.of(its) for name, its in counts.items()},
         items={name: sum(its) for name, its in counts.items()},
@@ -52,13 +55,15 @@ def balance_run(run: RunConfig, steps: int) -> BalanceReport:
         passes={name: -(-run.train.microbatches // each.per_pass) for name, each in passes.items()},
         max_tokens=run.train.max_tokens,
         variants=_variants(run, taken, where, passes, flops),
+        faults=Counter(_kind(dataset, sample) for sample in skipped),
+        effects=_effects(dataset, samples),
     )
 
 
-def _samples(loader: Loader, steps: int) -> tuple[list[list[SampleMeta]], int]:
-    """The samples of each step in the loader's order, and how many it leaves out."""
+def _samples(loader: Loader, steps: int) -> tuple[list[list[SampleMeta]], list[int]]:
+    """The samples of each step in the loader's order, and those that it leaves out."""
     taken: list[list[SampleMeta]] = []
-    skipped = 0
+    skipped: list[int] = []
     for number in range(min(steps, loader.steps_per_epoch)):
         try:
             plan = loader.plan(number)
@@ -67,8 +72,22 @@ def _samples(loader: Loader, steps: int) -> tuple[list[list[SampleMeta]], int]:
         found = {sample.sample: sample for part in plan.microbatches for lane in part.lanes for sample in lane}
         order = loader.sample_ids(number)
         taken.append([found[sample] for sample in order if sample in found])
-        skipped += len(order) - len(taken[-1])
+        skipped += [sample for sample in order if sample not in found]
     return taken, skipped
+
+
+def _kind(dataset: Dataset, sample: int) -> FaultKind:
+    try:
+        dataset.meta(sample)
+    except DataError as error:
+        return error.kind
+    return "too long"  # for `train.max_tokens`, of which the dataset knows nothing
+
+
+def _effects(dataset: Dataset, samples: Sequence[SampleMeta]) -> Counter[str]:
+    if not isinstance(dataset, ProcessedDataset):
+        return Counter()
+    return Counter(effect for sample in samples for effect in dataset.effects(sample.sample))
 
 
 def _variants(

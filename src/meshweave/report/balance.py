@@ -1,7 +1,7 @@
 """How evenly would the data of a run be worked? The report that `meshweave balance` prints."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from meshweave.errors import FaultKind
 from meshweave.report.imbalance import Imbalance, Uneven
 from meshweave.report.text import count_text
 
@@ -77,6 +78,10 @@ class BalanceReport:
     max_tokens: int | None
     variants: tuple[Variant, ...]
     """The first is what the others are measured by."""
+    faults: Mapping[FaultKind, int] = field(default_factory=dict)
+    """Samples that are skipped or left out, by kind."""
+    effects: Mapping[str, int] = field(default_factory=dict)
+    """What limits of the run file did to the others, how often."""
 
     @property
     def total_tokens(self) -> int:
@@ -93,6 +98,8 @@ class BalanceReport:
             "steps": len(self.variants[0].steps),
             "samples": self.samples,
             "skipped": self.skipped,
+            "faults": dict(self.faults),
+            "effects": dict(self.effects),
             "tokens": self.total_tokens,
             "items": dict(self.items),
             "tokens_per_sample": asdict(self.tokens),
@@ -157,7 +164,10 @@ def _heading(report: BalanceReport) -> Text:
         f"\n{report.microbatches} microbatch{'' if report.microbatches == 1 else 'es'} a step; lanes: {lanes}",
     )
     if report.skipped:
-        text.append(f"\n{report.skipped:,} samples left out: unreadable, or too long", style="yellow")
+        kinds = ", ".join(f"{count:,} × {kind}" for kind, count in report.faults.items()) or "unreadable, or too long"
+        text.append(f"\n{report.skipped:,} samples left out: {kinds}", style="yellow")
+    for effect, count in report.effects.items():
+        text.append(f"\n{count:,} × {effect}", style="yellow")
     return text
 
 
