@@ -101,6 +101,7 @@ def run_file_text(its: Suggestion, name: str) -> str:
     else:
         data = f"  path: {its.data}\n  images: {its.images}"
     epoch = "one epoch" if its.records is not None else "the number of records is not known yet"
+    nodes = f"--nnodes {-(-its.gpus // 8)} " if its.gpus > 8 else ""
     size = f"{its.parameters / 1e9:.2f} B parameters, their gradients and optimizer state take {its.gibibytes:.1f} GiB a GPU"
     return f"""# {its.model} on {its.gpus} GPU{"" if its.gpus == 1 else "s"}: a place to start from, not the best layout.
 # Every rank encodes; the language model is tensor-parallel only where it is large.
@@ -109,7 +110,7 @@ def run_file_text(its: Suggestion, name: str) -> str:
 #   meshweave data check {name}              what is in the data, and what a run would skip
 #   meshweave balance {name}                 how even the data can be worked
 #   meshweave verify {name} --shrink         the same layouts on a tiny model, against the plain one
-#   torchrun --nproc-per-node {min(8, its.gpus)} -m meshweave train {name}
+#   torchrun {nodes}--nproc-per-node {min(8, its.gpus)} -m meshweave train {name}
 model: {its.model}
 
 modules:
