@@ -161,7 +161,7 @@ def test_the_bound_of_an_equal_pipeline_is_its_closed_form():
 def test_generation_is_fast_at_4096_ranks():
     work = colocated(16, 256, dp=256)
     durations = seconds(work, 0.05)
-    started = time.perf_counter()
+    started = time.process_time()
     queues, shares = nested(work, 16, durations)
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 40  # of one core, which others may share; it is 5 to 10 alone
     check(lower(work, queues, durations, shares))

