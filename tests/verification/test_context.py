@@ -153,7 +153,7 @@ class WithoutEveryFourth(SyntheticDataset):
 
 
 def test_lanes_with_one_image_seven_text_alone_and_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshweave.step.loading.SyntheticDataset", WithoutEveryFourth)
+    monkeypatch.setattr("meshweave.data.build.SyntheticDataset", WithoutEveryFourth)
     config = CONFIGS["qwen3_vl"]()
     folder = write_model_folder(config, tmp_path)
     run = run_of(

@@ -69,7 +69,7 @@ def test_a_run_file_must_place_the_second_encoder() -> None:
 
 
 def test_a_run_with_two_encoders_trains_evaluates_and_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshweave.step.loading.SyntheticDataset", ImagesAndSounds)
+    monkeypatch.setattr("meshweave.data.build.SyntheticDataset", ImagesAndSounds)
     data = {"source": "synthetic", "eval_samples": 6}
     run = run_on("nested in pp2", tmp_path / "model", data=data, train={"steps": 3}, output=str(tmp_path / "out"))
     config = read_model_config(run.model)
