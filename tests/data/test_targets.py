@@ -14,7 +14,7 @@ from meshweave.data.dataset import IGNORE, RawSample
 from meshweave.data.processed import ProcessedDataset
 from meshweave.data.processor import load_processor
 from meshweave.data.targets import Answers
-from meshweave.errors import DataError, LeftOutError
+from meshweave.errors import ConfigError, DataError, LeftOutError
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for p in m.content %}"
@@ -151,6 +151,12 @@ CASES: dict[str, tuple[str, RawSample, list[str], dict[str, Any]]] = {
     ),
     "generation marks": (MARKED, TWO, ["A cat.<|im_end|>", "Yes.<|im_end|>"], {}),
     "generation marks without the end of turn": (MARKED_SHORT, TWO, ["A cat.<|im_end|>", "Yes.<|im_end|>"], {}),
+    "generation marks, and no end of turn anywhere": (
+        MARKED.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}"),
+        TWO,
+        ["A cat.<|im_end|>", "Yes.<|im_end|>"],
+        {},
+    ),
     "generation marks, last": (MARKED, TWO, ["Yes.<|im_end|>"], {"train_on": "last"}),
     "an answer that speaks of marks": (
         CHATML,
@@ -267,6 +273,25 @@ def test_a_special_token_that_somebody_typed_leaves_its_sample_out_by_name(said:
     with pytest.raises(DataError, match=message) as caught:
         targets(CHATML, talk(("user", "?"), ("assistant", said)))
     assert caught.value.kind == "special token"
+
+
+def test_a_special_token_in_a_call_or_a_tool_leaves_its_sample_out_by_name() -> None:
+    call = {"role": "assistant", "content": [], "tool_calls": [{"function": {"name": "look", "arguments": {"at": "<|im_end|>"}}}]}
+    with pytest.raises(DataError, match=r"turn 1: a call holds '<\|im_end\|>'"):
+        targets(TOOLS, talk(("user", "?"), call))
+    with pytest.raises(DataError, match=r"the description of tools holds '<\|im_end\|>'"):
+        targets(TOOLS, RawSample(TWO.messages, tools=[{"name": "<|im_end|>"}]))
+
+
+def test_a_generation_config_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"cannot read generation_config\.json"):
+        Answers.of(processor(CHATML), tmp_path)
+
+
+def test_the_missing_end_of_turn_is_said_whatever_is_trained_on() -> None:
+    its = processor(VICUNA, "</s>")
+    assert all(Answers.of(its, train_on=which).notice() for which in ("all", "last", "flagged"))
 
 
 def test_a_mark_that_is_spoken_of_is_no_placeholder() -> None:

@@ -7,12 +7,13 @@ import torch
 from support.families import FAMILIES
 from transformers import AutoConfig, LlamaConfig, LlavaModel
 
-from meshweave.config import parse_config
+from meshweave.config import LANGUAGE, parse_config
+from meshweave.config.fields import MODULES
 from meshweave.errors import ConfigError, LayoutError
 from meshweave.model.blueprint import blueprint_of
 from meshweave.model.check import check_model
 from meshweave.model.families import sliceable
-from meshweave.model.modules import graph_of
+from meshweave.model.modules import ENCODERS, graph_of
 
 
 def graph(family: str) -> Any:
@@ -97,3 +98,7 @@ def test_a_model_with_linear_attention_says_why_its_sequence_cannot_be_cut() -> 
     reasons = {family: sliceable(make().get_text_config()) for family, make in FAMILIES.items()}
     assert {family for family, reason in reasons.items() if reason} == {"qwen3_5"}
     assert reasons["qwen3_5"] == "qwen3_5_text has linear_attention layers, which carry a state along the sequence"
+
+
+def test_a_run_file_knows_the_modules_that_models_have() -> None:
+    assert set(MODULES) == {LANGUAGE, *ENCODERS}

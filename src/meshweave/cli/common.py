@@ -29,7 +29,7 @@ def load_run(run_file: Path, overrides: list[str] | None, need: "Need") -> RunCo
 
     run = load_config(run_file, overrides or ())
     found = with_local_model(run, "processor" if need == "weights" and run.weights == "seeded" else need)
-    if found.model != run.model:
+    if found.model != run.model and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         Console(stderr=True).print(f"model: {run.model} is {found.model}", style="dim", highlight=False, soft_wrap=True)
     return found
 

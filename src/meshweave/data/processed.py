@@ -19,7 +19,7 @@ from meshweave.data.dataset import IGNORE, MediaRef, RawSample, Source, with_run
 from meshweave.data.footprint import Footprint, footprint_of, process_image
 from meshweave.data.limits import CUT, bounded, resized
 from meshweave.data.targets import LITERALS, Answers, Conversation
-from meshweave.errors import DataError, LeftOutError
+from meshweave.errors import DataError, LeftOutError, cause
 
 _DUMMY_SIZE = (32, 32)
 _ENCODER_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids")
@@ -214,7 +214,7 @@ class ProcessedDataset:
                 text, add_special_tokens=special, return_offsets_mapping=True, split_special_tokens=literal
             )
         except Exception as error:  # whatever a tokenizer raises of a text
-            raise DataError(f"the tokenizer refuses its text ({type(error).__name__}: {error})", "processor") from error
+            raise DataError(f"the tokenizer refuses its text ({cause(error)})", "processor") from error
 
     def _cut(self, ids: Tensor, labels: Tensor, most: int) -> tuple[Tensor, Tensor]:
         if self.limits.too_long == "drop":

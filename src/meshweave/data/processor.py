@@ -57,9 +57,9 @@ def load_processor(folder: Path) -> Any:
 
 
 def _processor_class(folder: Path) -> type[ProcessorMixin]:
-    named = (_json(folder / file).get("processor_class") for file in _NAMES_THE_CLASS)
+    named = (read_json(folder / file).get("processor_class") for file in _NAMES_THE_CLASS)
     name = next((name for name in named if name), None) or PROCESSOR_MAPPING_NAMES.get(
-        _json(folder / "config.json").get("model_type", "")
+        read_json(folder / "config.json").get("model_type", "")
     )
     if name is None:
         raise ConfigError(
@@ -130,7 +130,8 @@ def _require(folder: Path, processor: Any) -> None:
         )
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """An object in a file of a model folder; {} where there is none. Raises ConfigError if it is no object."""
     if not file.is_file():
         return {}
     content = _read(file.parent, file.name, lambda: json.loads(file.read_text(encoding="utf-8")))

@@ -9,7 +9,7 @@ generation: what the model would have to write by itself, and no more. In detail
   the template writes behind a last answer. White space behind it is no target.
 - Where the template writes no end token (LLaVA-1.5's), the tokenizer's is put behind every answer and is a target, as in LLaVA's
   own training. One line says so.
-- Templates with `{% generation %}` marks say themselves what is a target; the end token that follows a mark is one, too.
+- Templates with `{% generation %}` marks say themselves what is a target; the end token of an answer is one in any case.
 - Which answers: all, the last, or those that the record flags (`data.train_on`). A flag that says no is heeded under `all`, too.
 - A token is a target if any character of it is, as in transformers' assistant masks.
 """
@@ -25,6 +25,7 @@ from typing import Any, Literal
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from meshweave.data.dataset import RawSample
+from meshweave.data.processor import read_json
 from meshweave.errors import DataError, LeftOutError
 
 THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
@@ -68,14 +69,13 @@ class Answers:
 
     @classmethod
     def of(cls, processor: Any, folder: Path | None = None, **choices: Any) -> "Answers":
-        """With the end tokens of the tokenizer and of a folder's generation_config.json."""
+        """With the end tokens of the tokenizer and of a folder's generation_config.json. Raises ConfigError if that is broken."""
         tokenizer = processor.tokenizer
         listed: list[Any] = [tokenizer.eos_token_id]
-        file = folder / "generation_config.json" if folder is not None else None
-        if file is not None and file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        if folder is not None:
+            found = read_json(folder / "generation_config.json").get("eos_token_id")
             listed += found if isinstance(found, list) else [found]
-        ends = {tokenizer.convert_ids_to_tokens(id_) for id_ in listed if id_ is not None}
+        ends = {tokenizer.convert_ids_to_tokens(id_) for id_ in listed if isinstance(id_, int)}
         return cls(processor, _special_tokens(processor), frozenset(end for end in ends if end), **choices)
 
     def conversation(self, sample: RawSample) -> Conversation:
@@ -126,7 +126,7 @@ class Answers:
         said = {"role": "assistant", "content": [{"type": "text", "text": "A"}]}
         try:
             plain = self._render([asked, said], ())
-            found = self.conversation(RawSample([asked, said]))
+            found = self.conversation(RawSample([asked, said], flags={1: True}))
         except DataError:
             return None
         if found.text == plain:
@@ -144,6 +144,7 @@ class Answers:
                 text = THINKING.sub("", part["text"]) if dropped else part["text"]
                 part = {"type": "text", "text": self._plain(number, text)}
             parts.append(part)
+        self._refuse_special(f"turn {number}: a call", json.dumps(message.get("tool_calls") or [], ensure_ascii=False))
         prepared = {**message, "content": parts}
         if "reasoning_content" in prepared:
             reasoning = self._plain(number, str(prepared.pop("reasoning_content")))
@@ -156,12 +157,14 @@ class Answers:
             raise DataError(f"turn {number}: a text holds a private character that is used here; take it out", "special token")
         for private, mark in LITERALS.items():
             text = text.replace(mark, private)
+        self._refuse_special(f"turn {number}: the text", text)
+        return text
+
+    def _refuse_special(self, what: str, text: str) -> None:
         if found := self.special.search(text):
             raise DataError(
-                f"turn {number}: the text holds {found.group()!r}, a special token of the tokenizer; write it otherwise",
-                "special token",
+                f"{what} holds {found.group()!r}, a special token of the tokenizer; write it otherwise", "special token"
             )
-        return text
 
     def _trained(self, asked: Sequence[int], flags: Mapping[int, bool]) -> set[int]:
         match self.train_on:
@@ -174,6 +177,7 @@ class Answers:
     def _tools(self, sample: RawSample) -> Sequence[Any]:
         if sample.tools and "tools" not in self.processor.chat_template:
             raise DataError("the record describes tools, but the chat template writes none; take them out", "chat template")
+        self._refuse_special("the description of tools", json.dumps(list(sample.tools), ensure_ascii=False))
         return sample.tools
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], prompt: bool = False) -> str:
@@ -246,13 +250,18 @@ class Answers:
         text, spans = self._rendered(messages, tools, return_assistant_tokens_mask=True)
         if len(spans) != len(asked):
             raise DataError(f"the template's generation marks hold {len(spans)} texts for {len(asked)} answers", "chat template")
-        pattern = "|".join(map(re.escape, sorted(self.ends, key=len, reverse=True)))
-        found = []
+        pieces, found, at, length = [], [], 0, 0
         for number, (first, last) in zip(asked, spans, strict=True):
-            end = re.compile(pattern).match(text, last)
+            follows = next((end for end in self.ends if text.startswith(end, last)), "")
+            ended = follows or text[first:last].rstrip().endswith(tuple(self.ends))
+            appended = "" if ended else self.processor.tokenizer.eos_token or ""
+            stop = last + len(follows)
+            pieces.append(text[at:stop] + appended)
             if number in trained:
-                found.append((first, end.end() if end else last))
-        return Conversation(text, tuple(found))
+                found.append((length + first - at, length + stop - at + len(appended)))
+            length += len(pieces[-1])
+            at = stop
+        return Conversation("".join([*pieces, text[at:]]), tuple(found))
 
     def _effects(self, sample: RawSample, text: str) -> tuple[str, ...]:
         if self.reasoning == "drop":

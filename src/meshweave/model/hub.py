@@ -8,7 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from meshweave.config import RunConfig
-from meshweave.errors import CheckpointError
+from meshweave.errors import CheckpointError, cause
 
 Need = Literal["config", "processor", "weights"]
 """What a command reads of a model; each needs the ones before it, too."""
@@ -54,7 +54,7 @@ def with_local_model(run: RunConfig, need: Need) -> RunConfig:
     except Exception as error:  # no net, no cache, a full disk: whatever the library raises is about this model
         raise CheckpointError(
             f"model: there is no folder {name!r} in {Path.cwd()}, and {name} can be had neither from the Hub nor from its cache "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            f"({cause(error)})"
         ) from error
     if not (Path(folder) / "config.json").is_file():
         raise CheckpointError(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from meshweave.errors import ConfigError, DataError
+from meshweave.errors import ConfigError, DataError, cause
 
 _INSTALL = "pip install 'meshweave[datasets]'"
 
@@ -65,4 +65,4 @@ def _read(name: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except Exception as error:  # of arrow, of the file system, of a file that is no parquet
-        raise DataError(f"{name}: datasets cannot read it ({type(error).__name__}: {error})", "broken file") from error
+        raise DataError(f"{name}: datasets cannot read it ({cause(error)})", "broken file") from error
