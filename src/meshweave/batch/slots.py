@@ -45,7 +45,8 @@ class Packing:
         if self.budget is not None and tokens > self.budget:
             raise DataError(
                 f"its {tokens:,} tokens are more than train.max_tokens={self.max_tokens} lets a sequence hold; raise that, or "
-                "shorten the sample"
+                "shorten the sample",
+                "too long",
             )
 
     def cost(self, tokens: int) -> float:
