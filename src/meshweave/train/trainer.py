@@ -26,7 +26,7 @@ from meshweave.report.curves import draw_loss_curve
 from meshweave.report.summary import Crossing, Summary
 from meshweave.schedule.simulate import Timeline
 from meshweave.step.loading import build_loader
-from meshweave.step.run import finish_gradients, run_step
+from meshweave.step.run import finish_gradients, run_step, stopped
 from meshweave.step.schedules import agreed_schedule
 from meshweave.step.trace import MEASURED_PICTURE, TRACED_STEP, measured_timeline, start_clock, write_measured
 from meshweave.step.worker import Travel
@@ -55,6 +55,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
         DataError: data cannot be read (`data.on_error: stop`, `data.max_skipped`), is smaller than a step, or no step had
             anything to learn from.
         CheckpointError: the model folder's weights do not fit.
+        StoppedError: some rank was asked to stop, and the step at whose end all do is done; on all ranks alike.
     """
     training, held_out = build_datasets(run, config)
     schedule = agreed_schedule(world, run, config, training)
@@ -75,7 +76,9 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
         progress = stack.enter_context(_progress(world, run.train.steps))
         task = progress.add_task("training", total=run.train.steps, shown="")
         started = time.perf_counter()
-        for number, step in enumerate(loader.steps(0, run.train.steps)):
+        world.stop.reached(0)
+        steps = loader.steps(0, run.train.steps)
+        for number, step in enumerate(steps):
             clock = start_clock(world) if trace and number == min(TRACED_STEP, run.train.steps - 1) else None
             totals = run_step(model, step, world, schedule, travel, clock.spans if clock else None)
             if clock is not None:
@@ -121,6 +124,11 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             progress.update(task, advance=1, shown=shown)
             if world.rank == 0 and not progress.console.is_terminal and (number + 1) % run.train.log_every == 0:
                 progress.console.print(f"step {number + 1:>6}/{run.train.steps}  {shown}")
+            world.stop.reached(number + 1)
+            # After the last step there is a model to write, which takes no longer than to stop.
+            if totals.asked and number + 1 < run.train.steps:
+                steps.close()
+                raise stopped(world)
         if not any(record["updated"] for record in records):
             faults: Counter[FaultKind] = sum((Counter(record["faults"]) for record in records), Counter())
             counted = ", ".join(f"{count} × {kind}" for kind, count in faults.most_common()) or "no sample has a target"
