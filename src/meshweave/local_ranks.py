@@ -72,9 +72,11 @@ def run_local_ranks(
         failed = _first_failure(ranks, stop, grace_seconds)
     if failed is not None:
         raise _failure(folder, failed, [process.exitcode or 0 for process in ranks], stop)
-    said = _said(folder / "error-0")
-    if isinstance(said, StoppedError):
-        raise said if stop.signal is None else stop.stopped(stop.signal)
+    if (folder / "error-0").exists():
+        agreed: StoppedError = _said(folder / "error-0")
+        raise agreed if stop.signal is None else stop.stopped(stop.signal)
+    if not (folder / "result").exists():
+        raise RankError(_ended(0, 0, stop, folder / "faults-0"))
     result: Result = _said(folder / "result")
     return result
 
@@ -244,4 +246,4 @@ def _leave(file: Path, value: Any) -> None:
 
 
 def _said(file: Path) -> Any:
-    return pickle.loads(file.read_bytes()) if file.exists() else None
+    return pickle.loads(file.read_bytes())
