@@ -1,6 +1,7 @@
 """How is a run's state saved while it trains? One save at a time, in the background where asked, and never half."""
 
 import logging
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -39,8 +40,8 @@ _PATIENCE = timedelta(hours=2)
 class Saver:
     """Saves checkpoints of one run. Making one is a collective over all ranks, as are `save` and `close`.
 
-    State: the save that is under way, how many have failed in a row, and, where saves go on in the background, this rank's
-    copy of its state in host memory, which every save fills anew.
+    State: the save that is under way, when it began, how many have failed in a row, and, where saves go on in the background,
+    this rank's copy of its state in host memory, which every save fills anew.
     """
 
     def __init__(self, world: World, run: RunConfig, samples: int) -> None:
@@ -52,10 +53,16 @@ class Saver:
         self._running: Future[str | None] | None = None
         self._copies: dict[str, Tensor] = {}
         self._failures = 0
+        self._saved = time.monotonic()
 
     def is_due(self, step: int) -> bool:
         """Whether the run's settings ask for a checkpoint after so many steps."""
         return self.settings.every is not None and step % self.settings.every == 0
+
+    def is_overdue(self) -> bool:
+        """Whether this rank's clock asks for one; rank 0's does, for all."""
+        minutes = self.settings.every_minutes
+        return minutes is not None and self.world.rank == 0 and time.monotonic() > self._saved + 60 * minutes
 
     def save(self, step: int, pieces: Mapping[str, Piece], progress: Mapping[str, Any]) -> None:
         """Saves what the run is after `step` steps; returns as soon as `pieces` may change again.
@@ -66,6 +73,7 @@ class Saver:
             CheckpointError: too many have failed in a row; on all ranks alike.
         """
         self.wait()
+        self._saved = time.monotonic()
         manifest = Manifest(
             format=FORMAT,
             step=step,

@@ -48,8 +48,10 @@ def train_command(
     ] = None,
 ) -> None:
     """Train. Starts one local process per rank; under torchrun or Slurm it joins the world that is there."""
+    from meshweave.checkpoint.manifest import newest_whole
     from meshweave.cli.ahead import plan_ahead
     from meshweave.data.build import build_datasets
+    from meshweave.errors import RankError, StoppedError
     from meshweave.model.blueprint import read_model_config
     from meshweave.model.check import check_executable, check_model
     from meshweave.report.summary import render_summary
@@ -73,7 +75,13 @@ def train_command(
         # What is wrong with the data, or with the schedule, shall show before processes start.
         training, _ = build_datasets(run, config)
         plan_ahead(run, config, training)
-        summary = launch(run, partial(train, config=config, trace=trace, start=start))
+        try:
+            summary = launch(run, partial(train, config=config, trace=trace, start=start))
+        except (RankError, StoppedError) as error:
+            newest, _ = newest_whole(run.output)
+            if newest is not None:
+                error.add_note(f"`meshweave train {run_file} --resume` goes on from {newest}")
+            raise
         if summary is not None:
             Console().print(render_summary(summary))
 

@@ -30,7 +30,7 @@ from meshweave.report.curves import draw_loss_curve
 from meshweave.report.summary import Crossing, Summary
 from meshweave.schedule.simulate import Timeline
 from meshweave.step.loading import build_loader
-from meshweave.step.run import finish_gradients, run_step
+from meshweave.step.run import finish_gradients, run_step, stopped
 from meshweave.step.schedules import agreed_schedule
 from meshweave.step.trace import MEASURED_PICTURE, TRACED_STEP, measured_timeline, start_clock, write_measured
 from meshweave.step.worker import Travel
@@ -57,6 +57,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             anything to learn from.
         CheckpointError: the model folder's weights do not fit; there is no checkpoint to go on from, or it is damaged; too many
             saves have failed.
+        StoppedError: some rank was asked to stop, and the step at whose end all do is done and saved; on all ranks alike.
     """
     training, held_out = build_datasets(run, config)
     schedule = agreed_schedule(world, run, config, training)
@@ -84,9 +85,12 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
         progress = stack.enter_context(_progress(world, last))
         task = progress.add_task("training", total=last, completed=done, shown="")
         started = time.perf_counter()
-        for number, step in enumerate(loader.steps(done, last), done):
+        world.stop.reached(done)
+        steps = loader.steps(done, last)
+        for number, step in enumerate(steps, done):
             clock = start_clock(world) if trace and number == min(done + TRACED_STEP, last - 1) else None
-            totals = run_step(model, step, world, schedule, travel, clock.spans if clock else None)
+            overdue = saver is not None and saver.is_overdue()
+            totals = run_step(model, step, world, schedule, travel, clock.spans if clock else None, save_due=overdue)
             if clock is not None:
                 measured = measured_timeline(world, clock)
             updated = finish_gradients(model, totals, run.train.max_grad_norm)
@@ -129,10 +133,18 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             progress.update(task, advance=1, shown=shown)
             if world.rank == 0 and not progress.console.is_terminal and (number + 1) % run.train.log_every == 0:
                 progress.console.print(f"step {number + 1:>6}/{last}  {shown}")
+            world.stop.reached(number + 1)
+            # After the last step there is a model to write, which takes no longer than to stop.
+            stops = bool(totals.asked) and number + 1 < last
             # After the clock was read: what a save takes is a step's that waits for it.
             started = now
-            if saver is not None and saver.is_due(number + 1):
+            if saver is not None and (stops or totals.save_due or saver.is_due(number + 1)):
                 saver.save(number + 1, held_state(model, optimizer, world), tally.state())
+            if stops:
+                steps.close()
+                if saver is not None:
+                    saver.close()
+                raise stopped(world)
         if not tally.updated:
             counted = ", ".join(f"{count} × {kind}" for kind, count in tally.faults.most_common()) or "no sample has a target"
             raise DataError(f"nothing was trained, so no model is written: no step had anything to learn from ({counted})")
