@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess, SpawnProcess
 from multiprocessing.process import BaseProcess
@@ -86,7 +87,11 @@ def _started(
     size: int, body: Callable[[int, StopRequest], Any], folder: Path, method: Literal["fork", "spawn"], stop: StopRequest
 ) -> Iterator[Sequence[BaseProcess]]:
     """The ranks' processes: none of them is there before it, or after it."""
-    make: Callable[..., BaseProcess] = ForkProcess if method == "fork" else SpawnProcess
+    make: Callable[..., BaseProcess] = ForkProcess
+    if method == "spawn":
+        make = SpawnProcess
+        # The first process that is spawned would start it, and let signals through thereby.
+        resource_tracker.ensure_running()
     ranks: list[BaseProcess] = []
     guard = None
     try:
