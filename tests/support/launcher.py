@@ -23,6 +23,7 @@ class Launcher:
 
     def __init__(self, work: Callable[[], None], log: Path, ignored: Sequence[Signals] = ()) -> None:
         self.log = log
+        self._status: int | None = None
         self.pid = os.fork()
         if self.pid:
             return
@@ -52,25 +53,37 @@ class Launcher:
         """Its ranks' processes, by rank, and its guard's."""
         return sorted(pid for pid, (_, parent) in _processes().items() if parent == self.pid)
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended by now."""
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = status if pid else None
+        return self._status is not None
+
     def kill(self) -> None:
         """Ends what a failed test left."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
+    def until(self, holds: Callable[[], bool], seconds: float = 30.0) -> None:
+        """Waits; fails where it ends before, or after that time."""
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert not self.ended, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
     def end(self, seconds: float = 20.0) -> int:
         """Its exit code, negative if a signal ended it; fails where it, or a child that it has now, is alive after that time."""
         children, deadline = self.children, time.monotonic() + seconds
-        ended, status = 0, 0
         while time.monotonic() < deadline:
-            if not ended:
-                ended, status = os.waitpid(self.pid, os.WNOHANG)
             left = [pid for pid in children if _processes().get(pid, ("Z", 0))[0] != "Z"]
-            if ended and not left:
-                return os.waitstatus_to_exitcode(status)
+            if self.ended and not left:
+                assert self._status is not None
+                return os.waitstatus_to_exitcode(self._status)
             time.sleep(0.02)
-        raise AssertionError(
-            f"after {seconds:g} s: launcher {'ended' if ended else 'alive'}, orphans {left}; {self.log.read_text()}"
-        )
+        raise AssertionError(f"after {seconds:g} s: ended {self.ended}, its children {left}; {self.log.read_text()}")
 
 
 def _processes() -> dict[int, tuple[str, int]]:
