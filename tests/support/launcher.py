@@ -24,6 +24,7 @@ class Launcher:
     def __init__(self, work: Callable[[], None], log: Path, ignored: Sequence[Signals] = ()) -> None:
         self.log = log
         self._status: int | None = None
+        self._begun: list[int] = []
         self.pid = os.fork()
         if self.pid:
             return
@@ -67,18 +68,19 @@ class Launcher:
             os.killpg(self.pid, signal.SIGKILL)
 
     def until(self, holds: Callable[[], bool], seconds: float = 30.0) -> None:
-        """Waits; fails where it ends before, or after that time."""
+        """Waits; fails where it ends before, or after that time. Its children are then those whose end `end` awaits."""
         deadline = time.monotonic() + seconds
         while not holds():
             assert not self.ended, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)
+        self._begun = self.children
 
     def end(self, seconds: float = 20.0) -> int:
-        """Its exit code, negative if a signal ended it; fails where it, or a child that it has now, is alive after that time."""
-        children, deadline = self.children, time.monotonic() + seconds
+        """Its exit code, negative if a signal ended it; fails where it, or a child that it had after `until`, is alive then."""
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            left = [pid for pid in children if _processes().get(pid, ("Z", 0))[0] != "Z"]
+            left = [pid for pid in self._begun if _processes().get(pid, ("Z", 0))[0] != "Z"]
             if self.ended and not left:
                 assert self._status is not None
                 return os.waitstatus_to_exitcode(self._status)

@@ -115,12 +115,16 @@ BACKGROUND = (Signals.SIGINT,)
     ],
 )
 def test_a_signal_ends_a_run_and_all_of_its_ranks_with_one_line(
-    to: str, number: str, ignored: tuple[Signals, ...], code: int, line: str, start_training: Starts
+    to: str, number: str, ignored: tuple[Signals, ...], code: int, line: str, start_training: Starts, tmp_path: Path
 ) -> None:
     run = start_training(ignored=ignored)
     send(run, to, number)
     assert run.end(seconds=10) == code, run.log.read_text()
-    assert re.fullmatch(line, run.log.read_text().strip())
+    said = run.log.read_text()
+    assert re.fullmatch(line, said.strip())
+    if code > 128:
+        logged = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+        assert said.endswith(f" after {len(logged)} steps\n")
 
 
 def test_a_run_of_one_rank_stops_at_a_step(start_training: Starts) -> None:
