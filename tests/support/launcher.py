@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from signal import Signals
 
+from torch.multiprocessing import _prctl_pr_set_pdeathsig
+
 CRASHED = 99
 
 
@@ -30,6 +32,7 @@ class Launcher:
             return
         code = 0
         try:
+            _prctl_pr_set_pdeathsig(signal.SIGKILL)  # a suite that is killed leaves nothing, either
             os.setsid()
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1)
