@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess, SpawnProcess
 from multiprocessing.process import BaseProcess
@@ -83,7 +84,11 @@ def _started(
     size: int, body: Callable[[int, StopRequest], Any], folder: Path, method: Literal["fork", "spawn"], stop: StopRequest
 ) -> Iterator[Sequence[BaseProcess]]:
     """The ranks' processes: none of them is there before it, or after it."""
-    make: Callable[..., BaseProcess] = ForkProcess if method == "fork" else SpawnProcess
+    make: Callable[..., BaseProcess] = ForkProcess
+    if method == "spawn":
+        make = SpawnProcess
+        # The first process that is spawned would start it, and let signals through thereby.
+        resource_tracker.ensure_running()
     ranks: list[BaseProcess] = []
     guard = None
     try:
@@ -96,10 +101,11 @@ def _started(
         yield ranks
     finally:
         with held_back():
-            for process in ranks:
-                if process.pid is not None:
-                    process.kill()
-                    process.join()
+            begun = [process for process in ranks if process.pid is not None]
+            for process in begun:
+                process.kill()
+            for process in begun:
+                process.join()
             if guard is not None:
                 guard.dismiss()
 
@@ -134,7 +140,9 @@ class _Guard:
                 for rank in ranks:
                     with suppress(ProcessLookupError):
                         os.kill(rank, signal.SIGKILL)
-                os.write(2, f"error: the launcher (process {launcher}) is gone; its ranks were ended{stop.progress}\n".encode())
+                with suppress(OSError):
+                    line = f"error: the launcher (process {launcher}) is gone; its ranks were ended{stop.progress}\n"
+                    os.write(2, line.encode())
                 shutil.rmtree(folder, ignore_errors=True)
         finally:
             os._exit(0)
@@ -151,14 +159,15 @@ def _first_failure(ranks: Sequence[BaseProcess], stop: StopRequest, grace_second
     left = {process.sentinel: rank for rank, process in enumerate(ranks)}
     deadline = None
     while left:
-        if stop.signal is not None and deadline is None:
-            deadline = time.monotonic() + grace_seconds
-            # One signal for all: a terminal sends SIGINT to every process by itself, and two of them mean another thing.
-            for process in ranks:
-                process.terminate()
-        if stop.signal is not None and deadline is not None and time.monotonic() > deadline:
-            end = stop.stopped(stop.signal)
-            raise StoppedError(f"{end}; its ranks did not end within {grace_seconds:g} s and were killed", end.signal)
+        if stop.signal is not None:
+            if deadline is None:
+                deadline = time.monotonic() + grace_seconds
+                # One signal for all: a terminal sends SIGINT to every process by itself, and two of them mean another thing.
+                for process in ranks:
+                    process.terminate()
+            elif time.monotonic() > deadline:
+                end = stop.stopped(stop.signal)
+                raise StoppedError(f"{end}; its ranks did not end within {grace_seconds:g} s and were killed", end.signal)
         ended = [left.pop(sentinel) for sentinel in wait(list(left), _POLL_SECONDS) if isinstance(sentinel, int)]
         for rank in ended:
             ranks[rank].join()
@@ -193,7 +202,8 @@ def _ended(rank: int, exit_code: int, stop: StopRequest, faults: Path) -> str:
         names = {number.value: number.name for number in Signals}
         how = f"by {names.get(-exit_code, f'signal {-exit_code}')}"
     hint = "; the kernel does that where memory runs out" if exit_code == -Signals.SIGKILL else ""
-    stacks = faults.read_text(errors="replace").splitlines()[:_FAULT_LINES] if faults.exists() else []
+    found = faults.read_text(errors="replace") if faults.exists() else ""
+    stacks = found.partition("\nExtension modules:")[0].splitlines()[:_FAULT_LINES]
     return "\n".join([f"rank {rank}: its process ended {how}{stop.progress}{hint}", *(f"  {line}" for line in stacks)])
 
 
@@ -223,7 +233,7 @@ def _rank_main(rank: int, body: Callable[[int, StopRequest], Any], folder: Path,
         return
     except MeshweaveError as caught:
         error = caught
-    except Exception:
+    except BaseException:  # some libraries' errors are no `Exception`
         error = f"rank {rank} raised\n\n{traceback.format_exc()}"
     _leave(folder / f"error-{rank}", error)
     if isinstance(error, RankError):

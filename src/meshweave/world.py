@@ -1,6 +1,7 @@
 """Where does this process stand? Joins a world that a launcher made, or spawns a local one, and ends it cleanly."""
 
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from meshweave.config import LANGUAGE, RunConfig
 from meshweave.errors import ConfigError, MeshweaveError, RankError, StoppedError
@@ -84,9 +86,16 @@ def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result
                 "start that many, or change the modules' ranks (`idle_ranks` names ranks that shall do nothing)"
             )
         rank = int(os.environ["RANK"])
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun that is killed leaves its ranks at work: on Linux they are then asked to stop.
+            _prctl_pr_set_pdeathsig(signal.SIGTERM)
         try:
             result = _alone(run, work, rank, int(os.environ.get("LOCAL_RANK", rank)), "env://")
-        except (RankError, StoppedError):
+        except StoppedError:
+            # Who launched this world ends what is left of it by SIGTERM once a rank has ended; this one shall end by itself.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise
+        except RankError:
             raise
         except MeshweaveError as error:
             raise RankError(f"rank {rank}: {error}") from error

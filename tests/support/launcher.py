@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from signal import Signals
 
+from torch.multiprocessing import _prctl_pr_set_pdeathsig
+
 CRASHED = 99
 
 
@@ -23,11 +25,14 @@ class Launcher:
 
     def __init__(self, work: Callable[[], None], log: Path, ignored: Sequence[Signals] = ()) -> None:
         self.log = log
+        self._status: int | None = None
+        self._begun: list[int] = []
         self.pid = os.fork()
         if self.pid:
             return
         code = 0
         try:
+            _prctl_pr_set_pdeathsig(signal.SIGKILL)  # a suite that is killed leaves nothing, either
             os.setsid()
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1)
@@ -52,25 +57,38 @@ class Launcher:
         """Its ranks' processes, by rank, and its guard's."""
         return sorted(pid for pid, (_, parent) in _processes().items() if parent == self.pid)
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended by now."""
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = status if pid else None
+        return self._status is not None
+
     def kill(self) -> None:
         """Ends what a failed test left."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    def end(self, seconds: float = 20.0) -> int:
-        """Its exit code, negative if a signal ended it; fails where it, or a child that it has now, is alive after that time."""
-        children, deadline = self.children, time.monotonic() + seconds
-        ended, status = 0, 0
-        while time.monotonic() < deadline:
-            if not ended:
-                ended, status = os.waitpid(self.pid, os.WNOHANG)
-            left = [pid for pid in children if _processes().get(pid, ("Z", 0))[0] != "Z"]
-            if ended and not left:
-                return os.waitstatus_to_exitcode(status)
+    def until(self, holds: Callable[[], bool], seconds: float = 30.0) -> None:
+        """Waits; fails where it ends before, or after that time. Its children are then those whose end `end` awaits."""
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert not self.ended, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)
-        raise AssertionError(
-            f"after {seconds:g} s: launcher {'ended' if ended else 'alive'}, orphans {left}; {self.log.read_text()}"
-        )
+        self._begun = self.children
+
+    def end(self, seconds: float = 20.0) -> int:
+        """Its exit code, negative if a signal ended it; fails where it, or a child that it had after `until`, is alive then."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            left = [pid for pid in self._begun if _processes().get(pid, ("Z", 0))[0] != "Z"]
+            if self.ended and not left:
+                assert self._status is not None
+                return os.waitstatus_to_exitcode(self._status)
+            time.sleep(0.02)
+        raise AssertionError(f"after {seconds:g} s: ended {self.ended}, its children {left}; {self.log.read_text()}")
 
 
 def _processes() -> dict[int, tuple[str, int]]:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.control import Control
 from rich.logging import RichHandler
+from rich.segment import ControlType
 
 from meshweave.config import RunConfig, load_config
 from meshweave.errors import MeshweaveError, RankError, StoppedError
@@ -47,6 +49,7 @@ def run_command(work: Callable[[], None]) -> None:
         work()
     except StoppedError as end:
         if speaks:
+            _leave_progress()
             Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(_whole(end))
         raise typer.Exit(128 + end.signal) from None
     except KeyboardInterrupt:
@@ -56,6 +59,7 @@ def run_command(work: Callable[[], None]) -> None:
     except MeshweaveError as error:
         # In a launched world every process comes here; what only one of them knows says so.
         if speaks or isinstance(error, RankError):
+            _leave_progress()
             Console(stderr=True).print("[bold red]error:[/]", end=" ")
             Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(_whole(error))
         raise typer.Exit(2) from None
@@ -63,3 +67,8 @@ def run_command(work: Callable[[], None]) -> None:
 
 def _whole(error: MeshweaveError) -> str:
     return "\n".join([str(error), *getattr(error, "__notes__", ())])
+
+
+def _leave_progress() -> None:
+    """A rank that was killed left its progress on the terminal: half a line, and no cursor."""
+    Console().control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2), ControlType.SHOW_CURSOR))
