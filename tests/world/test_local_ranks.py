@@ -120,18 +120,21 @@ def test_a_signal_ends_a_run_and_all_of_its_ranks_with_one_line(
     run = start_training(ignored=ignored)
     send(run, to, number)
     assert run.end(seconds=10) == code, run.log.read_text()
-    said = run.log.read_text()
-    assert re.fullmatch(line, said.strip())
+    said, *way_on = run.log.read_text().splitlines()
+    assert re.fullmatch(line, said)
+    assert len(way_on) == (code > 128)
     if code > 128:
+        # Who was asked to stop has saved first.
         logged = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-        assert said.endswith(f" after {len(logged)} steps\n")
+        assert said.endswith(f" after {len(logged)} steps")
+        assert re.fullmatch(rf"`meshweave train .* --resume` goes on from .*step-{len(logged)}", way_on[0])
 
 
 def test_a_run_of_one_rank_stops_at_a_step(start_training: Starts) -> None:
     run = start_training(ranks=1)
     send(run, "launcher", "SIGTERM")
     assert run.end(seconds=10) == 143
-    assert re.fullmatch(f"stopped by SIGTERM {AFTER}\n", run.log.read_text())
+    assert re.match(f"stopped by SIGTERM {AFTER}\n`meshweave train .* --resume` goes on from", run.log.read_text())
 
 
 def polite(rank: int, stop: StopRequest) -> None:
@@ -248,18 +251,18 @@ def test_a_rank_that_dies_by_a_fault_says_where(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
 
     with pytest.raises(RankError, match=r"(?s)rank 1: its process ended by SIGSEGV\n.*in the_faulty_line\n.*in body\n"):
-        run_local_ranks(2, body, tmp_path, "fork")
+        run_local_ranks(2, body, tmp_path, "fork", 30.0)
 
 
 @pytest.mark.parametrize("code", [0, 7])
 def test_a_rank_that_just_leaves_is_named(code: int, tmp_path: Path) -> None:
     with pytest.raises(RankError, match=f"rank 0: its process ended with exit code {code}"):
-        run_local_ranks(2, lambda rank, stop: os._exit(code) if rank == 0 else None, tmp_path, "fork")
+        run_local_ranks(2, lambda rank, stop: os._exit(code) if rank == 0 else None, tmp_path, "fork", 30.0)
 
 
 def test_handlers_are_as_before(tmp_path: Path) -> None:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
-    assert run_local_ranks(2, lambda rank, stop: rank + 5, tmp_path, "fork") == 5
+    assert run_local_ranks(2, lambda rank, stop: rank + 5, tmp_path, "fork", 30.0) == 5
     assert [signal.getsignal(number) for number in numbers] == before
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
