@@ -62,6 +62,10 @@ class CheckpointError(MeshweaveError):
     """A model folder or checkpoint is missing something, or does not fit the model."""
 
 
+class DivergedError(MeshweaveError):
+    """Training goes nowhere: too many steps in a row had no finite loss or gradient."""
+
+
 class ScheduleError(MeshweaveError):
     """A schedule cannot run: it would deadlock, or an action is missing, doubled, or before what it needs."""
 

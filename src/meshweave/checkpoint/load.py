@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _ANYHOW = {"modules", "schedule", "output", "node_size", "idle_ranks", "timeout_seconds", "preemption_seconds"}
 """Sections and keys whose change leaves loss and gradients as they are."""
 _ANYHOW_IN_TRAIN = {"microbatches", "pack", "log_every", "checkpoint", "resume"}
-_OPTIMIZER = {"steps", "lr", "min_lr_ratio", "warmup_steps", "betas", "eps", "weight_decay", "max_grad_norm"}
+_OPTIMIZER = {"steps", "lr", "min_lr_ratio", "warmup_steps", "betas", "eps", "weight_decay", "max_grad_norm", "max_skipped_steps"}
 """Of `train`: what may change on the way, and is said."""
 _DIFFER = {"frozen"}
 """Of a module: what does make a difference."""

@@ -30,11 +30,21 @@ def load_run(run_file: Path, overrides: list[str] | None, need: "Need") -> RunCo
     """The run file with overrides, and its model as a local folder, of which there is what `need` says."""
     from meshweave.model.hub import with_local_model
 
-    run = load_config(run_file, overrides or ())
+    run = load_config(run_file, overrides or (), _ranks_there())
     found = with_local_model(run, "processor" if need == "weights" and run.weights == "seeded" else need)
     if found.model != run.model and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         Console(stderr=True).print(f"model: {run.model} is {found.model}", style="dim", highlight=False, soft_wrap=True)
     return found
+
+
+def _ranks_there() -> int | None:
+    """How many ranks a launcher has started, or could be started here, one a GPU; None where that is up to the run file."""
+    started = int(os.environ.get("WORLD_SIZE", "0") or 0) or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if started > 1 or "WORLD_SIZE" in os.environ:
+        return started
+    import torch
+
+    return torch.cuda.device_count() or None
 
 
 def run_command(work: Callable[[], None]) -> None:

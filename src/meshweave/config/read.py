@@ -7,15 +7,17 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from meshweave.config.elastic import alternatives, fitting
 from meshweave.config.messages import describe, unknown_module
 from meshweave.config.run import RunConfig
 from meshweave.errors import ConfigError
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path, overrides: Sequence[str] = (), ranks: int | None = None) -> RunConfig:
     """Reads a run file and applies overrides of the form `modules.vision.dp=2`.
 
-    Paths in the run file are relative to the current folder.
+    Paths in the run file are relative to the current folder. Of several `layouts` it takes the one that fits so many `ranks`, and
+    checks all of them; where their number is not known, the first.
 
     Raises:
         ConfigError: the file is missing or no YAML mapping, an override is malformed, or any key or value is wrong;
@@ -33,7 +35,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         )
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree, where=str(path))
+    found = []
+    for number, alternative in enumerate(alternatives(tree, str(path))):
+        found.append(parse_config(alternative, where=f"{path}, layouts[{number - 1}]" if number else str(path)))
+    return fitting(found, ranks)
 
 
 def parse_config(tree: dict[str, Any], where: str = "run configuration") -> RunConfig:

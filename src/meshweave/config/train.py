@@ -63,6 +63,8 @@ class TrainConfig(Strict):
     max_grad_norm: PositiveFloat | None = 1.0
     """Bound of the one global gradient norm over all modules: gradients are multiplied by bound / (norm + 1e-6) where that is
     below 1; null turns clipping off."""
+    max_skipped_steps: PositiveInt = 10
+    """A step whose loss or gradient is not finite makes no update, on any rank; so many in a row end the run."""
     log_every: PositiveInt = 10
     """Steps between log lines."""
     checkpoint: CheckpointConfig | None = CheckpointConfig()

@@ -32,7 +32,7 @@ from meshweave.world import World
 
 logger = logging.getLogger(__name__)
 
-MODEL, CURVE = "model", "loss.png"
+MODEL, CURVE, DIVERGED = "model", "loss.png", "diverged.jsonl"
 """What a run leaves in its folder, beside its metrics and checkpoints."""
 _LOCK = ".running"
 
@@ -160,5 +160,5 @@ def _lock(folder: Path) -> int:
 def _clear(folder: Path) -> None:
     for name in (TENSORBOARD, MODEL, CHECKPOINTS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (METRICS, CURVE, MEASURED_PICTURE, MEASURED_TRACE):
+    for name in (METRICS, CURVE, DIVERGED, MEASURED_PICTURE, MEASURED_TRACE):
         (folder / name).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -34,6 +35,7 @@ from meshweave.step.run import finish_gradients, run_step, stopped
 from meshweave.step.schedules import agreed_schedule
 from meshweave.step.trace import MEASURED_PICTURE, TRACED_STEP, measured_timeline, start_clock, write_measured
 from meshweave.step.worker import Travel
+from meshweave.train.diverged import ended_by, unfinite_step
 from meshweave.train.evaluation import Evaluation, evaluate
 from meshweave.train.metrics import METRICS, TENSORBOARD, MetricsLog
 from meshweave.train.optimizer import build_optimizer, build_schedule, peak_rate, rate_factor
@@ -57,6 +59,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             anything to learn from.
         CheckpointError: the model folder's weights do not fit; there is no checkpoint to go on from, or it is damaged; too many
             saves have failed.
+        DivergedError: too many steps in a row had no finite loss or gradient; on all ranks alike.
         StoppedError: some rank was asked to stop, and the step at whose end all do is done and saved; on all ranks alike.
     """
     training, held_out = build_datasets(run, config)
@@ -70,6 +73,8 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
     token_bytes = {name: sum(widths) * travel.dtype.itemsize for name, widths in travel.widths.items()}
     tally = Tally()
     measured: Timeline | None = None
+    diverged: list[dict[str, Any]] = []
+    said = logger.warning if world.rank == 0 else logger.debug
     with ExitStack() as stack:
         checkpoint = stack.enter_context(claimed(world, run, start))
         if checkpoint is not None:
@@ -96,9 +101,12 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             updated = finish_gradients(model, totals, run.train.max_grad_norm)
             if updated:
                 optimizer.step()
-            elif world.rank == 0:
-                why = "its loss or a gradient is not finite" if totals.targets else "no sample of it has anything to learn from"
-                logger.warning("step %d: %s; there is no update, on any rank", number, why)
+                diverged.clear()
+            elif not totals.targets:
+                said(f"step {number}: no sample of it has anything to learn from; there is no update, on any rank")
+            else:
+                diverged.append(unfinite_step(number, totals, loader.sample_ids(number)))
+                said(f"step {number}: {diverged[-1]['what']}; there is no update, on any rank")
             with warnings.catch_warnings():
                 # A first step without an update is no mistake: rates go by the step's number.
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
@@ -134,6 +142,9 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             if world.rank == 0 and not progress.console.is_terminal and (number + 1) % run.train.log_every == 0:
                 progress.console.print(f"step {number + 1:>6}/{last}  {shown}")
             world.stop.reached(number + 1)
+            if len(diverged) == run.train.max_skipped_steps:
+                steps.close()
+                raise ended_by(diverged, run, writes=world.rank == 0)
             # After the last step there is a model to write, which takes no longer than to stop.
             stops = bool(totals.asked) and number + 1 < last
             # After the clock was read: what a save takes is a step's that waits for it.
