@@ -1,6 +1,6 @@
 """How do parameters, spread over modules, stages and shards, come together on rank 0?"""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,3 +49,38 @@ def gather_led(model: LocalModel, world: World, values: Mapping[str, Tensor]) ->
                 gathered[name] = torch.empty(shape, dtype=dtype)
                 dist.recv(gathered[name], src=sender, group=world.data_group)
     return gathered
+
+
+def parameter_reader(model: LocalModel, world: World) -> Callable[[str], Tensor | None]:
+    """Reads parameters whole, on the CPU of rank 0, one at a time.
+
+    This and every call of what it returns are collectives over all ranks, which ask for the same names in the same order. The
+    value is None on other ranks, and for what no rank holds.
+    """
+    held = {
+        name: parameter
+        for part in model.modules.values()
+        for name, parameter in part.parameters.items()
+        if name not in part.copies
+    }
+    mine = {name: (world.rank, tuple(parameter.shape), parameter.dtype) for name, parameter in led_parameters(model, world)}
+    everyone: list[Any] = [mine]
+    if world.size > 1:
+        everyone = [None] * world.size
+        dist.all_gather_object(everyone, mine, group=world.data_group)
+    leaders = {name: leader for theirs in everyone for name, leader in theirs.items()}
+
+    def read(name: str) -> Tensor | None:
+        if name not in leaders:
+            return None
+        leader, shape, dtype = leaders[name]
+        value = whole(held[name]).cpu() if name in held else None
+        if leader and world.rank == leader:
+            assert value is not None
+            dist.send(value.contiguous(), dst=0, group=world.data_group)
+        elif leader and world.rank == 0:
+            value = torch.empty(shape, dtype=dtype)
+            dist.recv(value, src=leader, group=world.data_group)
+        return value if world.rank == 0 else None
+
+    return read

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from meshweave.checkpoint.folder import PARTIAL
 from meshweave.config import RunConfig
 from meshweave.errors import ConfigError
 from meshweave.step.trace import MEASURED_PICTURE, MEASURED_TRACE
@@ -81,7 +82,7 @@ def _lock(folder: Path) -> int:
 
 
 def _clear(folder: Path) -> None:
-    for name in (TENSORBOARD, MODEL):
+    for name in (TENSORBOARD, MODEL, f"{MODEL}{PARTIAL}"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (METRICS, CURVE, MEASURED_PICTURE, MEASURED_TRACE):
         (folder / name).unlink(missing_ok=True)
