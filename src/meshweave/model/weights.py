@@ -16,7 +16,10 @@ from transformers import PreTrainedModel
 from transformers.distributed.sharding_utils import DtensorShardOperation
 
 from meshweave.errors import CheckpointError
-from meshweave.model.names import StoredModel, stored_model
+from meshweave.model.names import StoredModel, Tensors, stored_model
+
+_ROWS = 4096
+"""Of a matrix, read at a time."""
 
 Read = Callable[[Tensor], Tensor]
 """Given a target, returns the values of its local part."""
@@ -80,15 +83,32 @@ def fill_pretrained(targets: Mapping[str, Tensor], blueprint: PreTrainedModel, f
 
 
 def check_weights(blueprint: PreTrainedModel, folder: Path) -> None:
-    """Checks names and shapes of a model folder's safetensors against the model, reading headers only.
+    """Checks names and shapes of a model folder's safetensors against the model, reading headers only, and that tensors which the
+    config ties are the same where the folder holds both.
 
     Raises:
-        CheckpointError: as `fill_pretrained`.
+        CheckpointError: as `fill_pretrained`; tied tensors differ.
     """
     stored = stored_model(blueprint, folder)
     for key, parameter in blueprint.named_parameters():
-        with ExitStack() as files:
+        with _Files(stored.tensors) as files:
             _opened(files, stored, key, tuple(parameter.shape))
+    for key, first in stored.first.items():
+        if key != first and {key, first} <= stored.forms.keys() and not _same(stored, key, first):
+            raise CheckpointError(
+                f"{folder}: its config.json ties {key} to {first}, but the two differ in its safetensors; set "
+                "tie_word_embeddings: false there"
+            )
+
+
+def _same(stored: StoredModel, *names: str) -> bool:
+    """Whether two tensors that lie as the model holds them are the same, some rows at a time."""
+    with _Files(stored.tensors) as files:
+        one, other = (files.slice_of(stored.forms[name].keys[0]) for name in names)
+        rows = range(0, one.get_shape()[0], _ROWS)
+        return one.get_shape() == other.get_shape() and all(
+            torch.equal(one[row : row + _ROWS], other[row : row + _ROWS]) for row in rows
+        )
 
 
 def local_part(target: Tensor, full: Any) -> Tensor:
@@ -161,20 +181,28 @@ def _owner(blueprint: PreTrainedModel, name: str) -> PreTrainedModel:
     return blueprint
 
 
-def _opened(files: ExitStack, stored: StoredModel, name: str, shape: tuple[int, ...]) -> Any:
-    """A slice of the whole parameter; `files` closes what was opened for it."""
-    form, tensors = stored.form_of(name, shape), stored.tensors
-    file = tensors.files[form.keys[0]]
-    handles: dict[Path, Any] = {}
+class _Files(ExitStack):
+    """Files that are open until it is left. State: their handles."""
 
-    def open_key(key: str) -> Any:
-        file = tensors.files[key]
-        if file not in handles:
-            handles[file] = files.enter_context(safe_open(file, framework="pt"))
-        return handles[file].get_slice(key)
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__()
+        self.tensors = tensors
+        self.handles: dict[Path, Any] = {}
 
+    def slice_of(self, key: str) -> Any:
+        """A slice of safetensors, of which nothing is read yet."""
+        file = self.tensors.files[key]
+        if file not in self.handles:
+            self.handles[file] = self.enter_context(safe_open(file, framework="pt"))
+        return self.handles[file].get_slice(key)
+
+
+def _opened(files: _Files, stored: StoredModel, name: str, shape: tuple[int, ...]) -> Any:
+    """A slice of the whole parameter."""
+    form = stored.form_of(name, shape)
+    file = stored.tensors.files[form.keys[0]]
     try:
-        found = form.opened(open_key, shape)
+        found = form.opened(files.slice_of, shape)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
     if tuple(found.get_shape()) != shape:
@@ -184,7 +212,7 @@ def _opened(files: ExitStack, stored: StoredModel, name: str, shape: tuple[int, 
 
 def _reader(stored: StoredModel, name: str, shape: tuple[int, ...]) -> Read:
     def read(target: Tensor) -> Tensor:
-        with ExitStack() as files:
+        with _Files(stored.tensors) as files:
             return local_part(target, _opened(files, stored, name, shape))
 
     return read
