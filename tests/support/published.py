@@ -133,7 +133,7 @@ def write_published(
     """Writes a folder of two safetensors files, with other files beside them. Returns the model that it holds."""
     model = random_model(config, dtype)
     config.architectures, config.dtype = [type(model).__name__], dtype
-    config.save_pretrained(folder)
+    write_config(config, folder)
     tensors = published_tensors(family, model, turned=turned)
     keys = sorted(tensors)
     files = {key: f"model-0000{1 + (2 * place >= len(keys))}-of-00002.safetensors" for place, key in enumerate(keys)}
@@ -144,6 +144,19 @@ def write_published(
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(f'{{"what": "{name}"}}')
     return model
+
+
+def write_config(config: PreTrainedConfig, folder: Path) -> None:
+    """Writes config.json in the words of the published files, which transformers 4 reads, too."""
+    config.save_pretrained(folder)
+    tree = json.loads((folder / "config.json").read_text())
+    text = tree["text_config"]
+    if "mrope_section" in text.get("rope_parameters", {}):
+        rope = text.pop("rope_parameters")
+        text |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    if "num_local_experts" in text and text["model_type"] != "mixtral":
+        text["num_experts"] = text.pop("num_local_experts")
+    (folder / "config.json").write_text(json.dumps(tree))
 
 
 def _one_by_one(family: str, key: str, value: Tensor) -> dict[str, Tensor]:

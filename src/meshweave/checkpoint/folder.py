@@ -120,7 +120,8 @@ def plan_folder(
         total = {"total_size": sum(unit.size for unit in units)}
         texts["model.safetensors.index.json"] = _json({"metadata": total, "weight_map": dict(sorted(keys.items()))})
     if dtype is not None:
-        texts["config.json"] = _json(_described(json.loads((source / "config.json").read_text()), blueprint, dtype))
+        tree = _with_dtype(json.loads((source / "config.json").read_text()), str(dtype).removeprefix("torch."))
+        texts["config.json"] = _json(tree if seed is None else _described(tree, blueprint))
     return FolderPlan(shards, texts, source, tuple(_others(source, texts)), kept)
 
 
@@ -237,23 +238,24 @@ def _packed(units: Sequence[Unit], limit: int) -> dict[str, tuple[Unit, ...]]:
     return {f"model-{number:05}-of-{len(files):05}.safetensors": tuple(held) for number, held in enumerate(files, 1)}
 
 
-def _described(tree: dict[str, Any], blueprint: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
-    """A config.json that names the model's class, and the dtype at the top and wherever else it names one."""
-    if "torch_dtype" not in tree:
-        tree = {**tree, "dtype": None}
-    if not tree.get("architectures"):
-        tree = {**tree, "architectures": [type(blueprint).__name__]}
-    return _with_dtype(tree, str(dtype).removeprefix("torch."))
-
-
 def _with_dtype(tree: dict[str, Any], name: str) -> dict[str, Any]:
-    changed = {key: name for key in ("dtype", "torch_dtype") if key in tree}
-    inner = {
-        key: _with_dtype(value, name)
-        for key, value in tree.items()
-        if key.endswith("_config") and isinstance(value, dict) and key != "quantization_config"
-    }
-    return tree | changed | inner
+    """A config.json that names another dtype, at the top and wherever else it names one."""
+
+    def changed(level: dict[str, Any]) -> dict[str, Any]:
+        inner = {key: changed(value) for key, value in level.items() if key.endswith("_config") and isinstance(value, dict)}
+        return level | {key: name for key in ("dtype", "torch_dtype") if key in level} | inner
+
+    kept = {key: tree[key] for key in ("quantization_config",) if key in tree}
+    return changed(tree if "torch_dtype" in tree else tree | {"dtype": name}) | kept
+
+
+def _described(tree: dict[str, Any], blueprint: PreTrainedModel) -> dict[str, Any]:
+    """A config.json that also says what readers want to know of a published model: its class, and on both levels, of which
+    transformers 4 and 5 look at different ones, whether its embeddings are tied."""
+    head = blueprint.get_output_embeddings()
+    tied = {"tie_word_embeddings": head is not None and head.weight is blueprint.get_input_embeddings().weight}
+    text = {"text_config": tree["text_config"] | tied} if "text_config" in tree else {}
+    return tree | tied | text | {"architectures": tree.get("architectures") or [type(blueprint).__name__]}
 
 
 def _others(source: Path, written: Iterable[str]) -> Iterator[Path]:
