@@ -56,6 +56,10 @@ class Unit:
         return sum(entry.size for entry in self.entries)
 
 
+Kept = Callable[[Unit], Iterator[tuple[str, Tensor]]]
+"""Unit to the keys and tensors of it as the model had them at the start."""
+
+
 @dataclass(frozen=True)
 class FolderPlan:
     """A folder that is to be written."""
@@ -67,8 +71,8 @@ class FolderPlan:
     source: Path
     copies: tuple[Path, ...]
     """Files that are taken over from `source`, by their path in it."""
-    kept: Callable[[Unit], Iterator[tuple[str, Tensor]]]
-    """Keys and tensors of a unit as the model had it at the start."""
+    kept: Kept
+    """Gives what leaves as it came."""
 
     @property
     def names(self) -> list[str]:
@@ -169,7 +173,7 @@ def write_folder(plan: FolderPlan, read: ReadValue, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _stored_units(blueprint: PreTrainedModel, source: Path) -> tuple[list[Unit], Callable[[Unit], Iterator[tuple[str, Tensor]]]]:
+def _stored_units(blueprint: PreTrainedModel, source: Path) -> tuple[list[Unit], Kept]:
     stored = stored_model(blueprint, source)
     tensors = stored.tensors
 
@@ -197,7 +201,7 @@ def _stored_units(blueprint: PreTrainedModel, source: Path) -> tuple[list[Unit],
     return units, kept
 
 
-def _seeded_units(blueprint: PreTrainedModel, seed: int) -> tuple[list[Unit], Callable[[Unit], Iterator[tuple[str, Tensor]]]]:
+def _seeded_units(blueprint: PreTrainedModel, seed: int) -> tuple[list[Unit], Kept]:
     values = blueprint.state_dict()
 
     def kept(unit: Unit) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,6 @@
 """How do tensors come into a safetensors file one at a time? Its header first, then each to its place."""
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -17,10 +16,14 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -44,8 +47,6 @@ class Entry:
 
 def write_shard(file: Path, entries: Sequence[Entry], tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Writes the tensors as they come, in any order, as the dtypes that `entries` say; no more than one is held.
-
-    Returns when they are on the disk.
 
     Raises:
         OSError: the disk is full, or another fault of it.
@@ -72,7 +73,7 @@ def write_shard(file: Path, entries: Sequence[Entry], tensors: Iterable[tuple[st
                 raise ValueError(f"{key} has shape {tuple(tensor.shape)}, not {entry.shape}")
             out.seek(8 + len(text) + offset)
             out.write(tensor.to(entry.dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            # Else it would still be here while the next one comes.
+            del tensor
         if places:
             raise ValueError(f"{file}: no tensor came for {next(iter(places))}")
-        out.flush()
-        os.fsync(out.fileno())

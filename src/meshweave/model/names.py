@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from meshweave.errors import CheckpointError
+from meshweave.errors import CheckpointError, cause
 from meshweave.model.modules import first_names
 from meshweave.model.stored import AsIs, Form, OneByOne, Turned, kind_of
 
@@ -54,8 +54,10 @@ class StoredModel:
 
     def form_of(self, name: str, shape: tuple[int, ...]) -> Form:
         """How the parameter of this first name is stored. Raises CheckpointError: it is not."""
-        for alias in (name, *(alias for alias, first in self.first.items() if first == name and alias != name)):
-            if alias in self.forms:
+        if name in self.forms:
+            return self.forms[name]
+        for alias, first in self.first.items():
+            if first == name and alias in self.forms:
                 return self.forms[alias]
         raise CheckpointError(f"{self.tensors.folder}: no tensor for {name} (shape {shape}) in its safetensors")
 
@@ -70,7 +72,10 @@ def read_headers(folder: Path) -> Tensors:
     if single.exists():
         files = [single]
     elif index.exists():
-        files = sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
+        try:
+            files = sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not readable as an index of safetensors ({cause(error)})") from error
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -110,19 +115,25 @@ def stored_model(blueprint: PreTrainedModel, folder: Path) -> StoredModel:
             parts.setdefault(name, []).append((pattern, key))
             continue
         if name in forms:
-            raise CheckpointError(f"{folder}: {forms[name].keys[0]} and {key} are both {name}; take one out")
+            raise _doubled(folder, name, forms[name].keys[0], key)
         forms[name] = AsIs(key)
     turned: dict[str, str] = {}
     for name, keys in parts.items():
-        kind = renaming.kind(keys[0][0])
+        (pattern, key), *others = keys
+        converter = renaming.converters[pattern]
+        kind = kind_of(converter.operations)
+        if name in forms:
+            raise _doubled(folder, name, forms[name].keys[0], key)
         if kind is OneByOne:
-            forms[name] = _one_by_one(renaming.converters[keys[0][0]], keys)
+            forms[name] = _one_by_one(converter, keys)
         elif kind is Turned:
-            turned[name] = keys[0][1]
+            if others:
+                raise _doubled(folder, name, key, others[0][1])
+            turned[name] = key
         else:
-            steps = ", ".join(type(step).__name__ for step in renaming.converters[keys[0][0]].operations)
+            steps = ", ".join(type(step).__name__ for step in converter.operations)
             raise CheckpointError(
-                f"{tensors.files[keys[0][1]]}: {keys[0][1]} needs a conversion that is not built yet ({steps}); "
+                f"{tensors.files[key]}: {key} needs a conversion that is not built yet ({steps}); "
                 "save the model anew in its own form"
             )
     are_turned = _are_turned(tensors, {key: renaming.expected[name] for name, key in turned.items()})
@@ -164,9 +175,9 @@ class _Renaming:
             return rename_source_key(key, [], [], self.prefix, known)
         return name, pattern
 
-    def kind(self, pattern: str) -> type[Turned] | type[OneByOne] | None:
-        """The form that a converter of this pattern reads."""
-        return kind_of(self.converters[pattern].operations)
+
+def _doubled(folder: Path, name: str, key: str, other: str) -> CheckpointError:
+    return CheckpointError(f"{folder}: {key} and {other} are both {name}; take one out")
 
 
 def _one_by_one(converter: WeightConverter, keys: Iterable[tuple[str, str]]) -> OneByOne:
