@@ -2,6 +2,9 @@
 
 import errno
 import json
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -268,12 +271,29 @@ def test_all_ranks_hear_of_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_folder_that_is_there_is_not_written_over_and_a_killed_run_s_is_taken_away(tmp_path: Path) -> None:
+def test_a_folder_that_is_there_is_not_written_over(tmp_path: Path) -> None:
     source, config = a_folder(tmp_path)
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "model.safetensors").write_text("half of it")
     plan = plan_folder(source, config)
+    (tmp_path / "out").mkdir()
     write_folder(plan, lambda name: None, tmp_path / "out")
     assert_same_tensors(tensors_of(tmp_path / "out"), tensors_of(source))
     with pytest.raises(CheckpointError, match="out: is there already; name another folder"):
         write_folder(plan, lambda name: None, tmp_path / "out")
+
+
+def test_a_kill_leaves_no_half_of_a_folder_and_the_next_write_takes_away_what_it_left(tmp_path: Path) -> None:
+    source, config = a_folder(tmp_path)
+    plan = plan_folder(source, config, shard_bytes=30_000)
+
+    def killed(name: str) -> None:
+        if name == plan.names[-1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=write_folder, args=(plan, killed, tmp_path / "out"))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.partial"]
+    write_folder(plan, lambda name: None, tmp_path / "out")
+    assert_same_tensors(tensors_of(tmp_path / "out"), tensors_of(source))
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
