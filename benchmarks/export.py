@@ -38,6 +38,7 @@ def main() -> None:
             "model": str(Path(folder, "model")),
             "modules": {"vision": {"ranks": "0-1", "dp": 2}, "language": {"ranks": "0-1", "dp": 2}},
             "weights": "seeded",
+            "train": {"steps": 1, "batch_size": 2},
             "output": str(Path(folder, "out")),
         }
         print(json.dumps(launch(parse_config(tree), measured), indent=2))

@@ -61,6 +61,7 @@ PIPELINE = (module("0"), module("0-1", pp=2))
 CASES = {
     "llava": Case("llava", FAMILIES["llava"], *PIPELINE),
     "llava, float32, tp2": Case("llava", FAMILIES["llava"], module("0-1", dp=2), module("0-1", tp=2), torch.float32),
+    "llava, tp2 dp2": Case("llava", FAMILIES["llava"], module("0-1", dp=2), module("0-3", tp=2, dp=2)),
     "qwen2.5-vl, apart": Case("qwen2_5_vl", FAMILIES["qwen2_5_vl"], module("0"), module("1")),
     "qwen3-vl": Case("qwen3_vl", qwen3_vl, module("0-1", tp=2), module("0-1", dp=2)),
     "qwen3-vl, tied": Case("qwen3_vl", partial(tied_at, True, True), *PIPELINE),
@@ -73,7 +74,7 @@ CASES = {
     "qwen3-vl-moe, square, as transformers 5 saves it": Case(
         "qwen3_vl_moe", square, module("0"), module("0-1", dp=2, ep=2), turned=False
     ),
-    "qwen3-moe": Case("llava_moe", EXPERT_CONFIGS["llava_moe"], module("0"), module("0-1", tp=2, etp=2)),
+    "qwen3-moe": Case("llava_moe", EXPERT_CONFIGS["llava_moe"], module("0"), module("0-3", tp=2, dp=2, etp=2)),
     "mixtral": Case("llava_mixtral", EXPERT_CONFIGS["llava_mixtral"], *PIPELINE),
 }
 
@@ -108,6 +109,12 @@ def exported(run: RunConfig, shard_bytes: int = 30_000) -> Path:
 
     launch(run, work)
     return run.output
+
+
+@pytest.fixture(autouse=True)
+def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters come to rank 0 in several pieces, as large ones do."""
+    monkeypatch.setattr("meshweave.checkpoint.collect._PIECE_BYTES", 1000)
 
 
 @pytest.mark.parametrize("name", CASES)
