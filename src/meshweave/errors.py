@@ -1,5 +1,6 @@
 """What can go wrong, by the place a user has to look at to mend it."""
 
+from signal import Signals
 from typing import Literal
 
 
@@ -9,6 +10,14 @@ class MeshweaveError(Exception):
 
 class RankError(MeshweaveError):
     """An error of ours that one rank of a launched world met while the others may not have."""
+
+
+class StoppedError(MeshweaveError):
+    """No fault: somebody asked the run to stop, by a signal, and it did."""
+
+    def __init__(self, message: str, signal: Signals = Signals.SIGTERM) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 class ConfigError(MeshweaveError):

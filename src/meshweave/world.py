@@ -1,37 +1,30 @@
 """Where does this process stand? Joins a world that a launcher made, or spawns a local one, and ends it cleanly."""
 
-import gc
-import logging
 import os
-import pickle
+import signal
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from meshweave.config import LANGUAGE, RunConfig
-from meshweave.errors import ConfigError, MeshweaveError, RankError
+from meshweave.errors import ConfigError, MeshweaveError, RankError, StoppedError
 from meshweave.layout import Placement, placements
+from meshweave.local_ranks import run_local_ranks
 from meshweave.parallel.mesh import build_expert_meshes, build_meshes
 from meshweave.schedule.runtime import lost_ranks_named
+from meshweave.signals import StopRequest, listening
 
 Result = TypeVar("Result")
-
-_GRACE_SECONDS = 1.0
-"""For how long a rank that waited in vain for another stays, so that the others can say the same."""
-
-# It warns of every process that it ends after another has failed; the failure itself is what matters.
-logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -50,6 +43,8 @@ class World:
     """How long a rank waits for another before it ends the run."""
     expert_meshes: Mapping[str, DeviceMesh] = field(default_factory=dict)
     """Of the modules that split their experts."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    """Whether this rank was asked to stop; a loop asks at each step's end."""
 
     @property
     def leads_lane(self) -> bool:
@@ -75,8 +70,10 @@ def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result
 
     Raises:
         ConfigError: the world that is there, or the number of GPUs, does not fit the run file; before any process group exists.
+        StoppedError: this process, or a rank, was asked to stop.
         MeshweaveError: what `work` raised on some rank; a `RankError` around it in a launched world.
         RankError: a rank hung, or its process was ended.
+        RuntimeError: anything else that `work` raised on a local rank.
     """
     _join_slurm()
     world = int(os.environ.get("WORLD_SIZE", "0"))
@@ -89,8 +86,15 @@ def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result
                 "start that many, or change the modules' ranks (`idle_ranks` names ranks that shall do nothing)"
             )
         rank = int(os.environ["RANK"])
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun that is killed leaves its ranks at work: on Linux they are then asked to stop.
+            _prctl_pr_set_pdeathsig(signal.SIGTERM)
         try:
-            result = _with_process_group(run, work, rank, int(os.environ.get("LOCAL_RANK", rank)), "env://")
+            result = _alone(run, work, rank, int(os.environ.get("LOCAL_RANK", rank)), "env://")
+        except StoppedError:
+            # Who launched this world ends what is left of it by SIGTERM once a rank has ended; this one shall end by itself.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise
         except RankError:
             raise
         except MeshweaveError as error:
@@ -103,73 +107,32 @@ def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result
             "nodes with torchrun, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"
         )
     with tempfile.TemporaryDirectory(prefix="meshweave-") as folder:
+        store = f"file://{folder}/store"
         if run.world_size == 1:
-            return _with_process_group(run, work, 0, 0, f"file://{folder}/store")
+            return _alone(run, work, 0, 0, store)
         # A forked child has torch imported already; CUDA does not survive a fork.
-        method = "spawn" if gpus else "fork"
-        try:
-            with _no_garbage():
-                mp.start_processes(_local_rank, (run, work, folder), nprocs=run.world_size, start_method=method)
-        except mp.ProcessExitedException as error:
-            raise _ended(error) from error
-        except mp.ProcessRaisedException as error:
-            failure = _failure(Path(folder), error.error_index, run.world_size)
-            if failure is None:
-                raise
-            raise failure from error
-        return pickle.loads((Path(folder) / "result").read_bytes())
+        body = partial(_local_rank, run, work, store)
+        return run_local_ranks(run.world_size, body, Path(folder), "spawn" if gpus else "fork", run.preemption_seconds)
 
 
-@contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Processes that are forked inside it do not collect this one's garbage: a process group of an earlier run would wait there
-    for its threads, which a fork does not copy."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+def _alone(run: RunConfig, work: Callable[[World, RunConfig], Result], rank: int, local_rank: int, init_method: str) -> Result:
+    """In this process, which gets its signals from outside."""
+    stop = StopRequest()
+    with listening(stop):
+        return _with_process_group(run, work, rank, local_rank, init_method, stop)
 
 
-def _local_rank(rank: int, run: RunConfig, work: Callable[[World, RunConfig], Any], folder: str) -> None:
-    # A fork does not copy OpenMP's threads: a child that asks for some hangs if the parent had started them.
-    torch.set_num_threads(1)
-    try:
-        result = _with_process_group(run, work, rank, rank, f"file://{folder}/store")
-    except MeshweaveError as error:
-        (Path(folder) / f"failure-{rank}").write_bytes(pickle.dumps(error))
-        if isinstance(error, RankError):
-            # One rank that hangs lets all others wait in vain, and this process' end would end them: they shall have their say.
-            time.sleep(_GRACE_SECONDS)
-        raise
-    if rank == 0:
-        (Path(folder) / "result").write_bytes(pickle.dumps(result))
-
-
-def _failure(folder: Path, failed: int, world: int) -> MeshweaveError | None:
-    """What the first rank to fail said, and of an error between ranks what the others said; None if it was no error of ours."""
-    if not (folder / f"failure-{failed}").exists():
-        return None
-    files = sorted(folder.glob("failure-*"), key=lambda file: file.stat().st_mtime_ns)
-    first, *others = (pickle.loads(file.read_bytes()) for file in files)
-    if not isinstance(first, RankError):
-        return first
-    silent = sorted(set(range(world)) - {int(file.name.partition("-")[2]) for file in files})
-    lines = [str(first), *(f"  also {other}" for other in others)]
-    if silent:
-        lines.append(f"  no word from {'rank' if len(silent) == 1 else 'ranks'} {', '.join(map(str, silent))}")
-    return RankError("\n".join(lines))
-
-
-def _ended(error: mp.ProcessExitedException) -> RankError:
-    how = f"by {error.signal_name}" if error.signal_name else f"with exit code {error.exit_code}"
-    hint = "; the kernel does that where memory runs out" if error.signal_name == "SIGKILL" else ""
-    return RankError(f"rank {error.error_index}: its process ended {how} and said nothing{hint}")
+def _local_rank(run: RunConfig, work: Callable[[World, RunConfig], Result], store: str, rank: int, stop: StopRequest) -> Result:
+    return _with_process_group(run, work, rank, rank, store, stop)
 
 
 def _with_process_group(
-    run: RunConfig, work: Callable[[World, RunConfig], Result], rank: int, local_rank: int, init_method: str
+    run: RunConfig,
+    work: Callable[[World, RunConfig], Result],
+    rank: int,
+    local_rank: int,
+    init_method: str,
+    stop: StopRequest,
 ) -> Result:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -189,10 +152,16 @@ def _with_process_group(
         where = placements(run)
         meshes, expert_meshes = build_meshes(where, device.type), build_expert_meshes(where, device.type)
         data_group = dist.new_group(backend="gloo", timeout=timeout) if run.world_size > 1 else None
-        world = World(rank, run.world_size, device, where, meshes, data_group, run.node_size, run.timeout_seconds, expert_meshes)
+        world = World(
+            rank, run.world_size, device, where, meshes, data_group, run.node_size, run.timeout_seconds, expert_meshes, stop
+        )
         with lost_ranks_named(rank, run.timeout_seconds, "work outside a step"):
-            result = work(world, run)
-            # A rank that leaves early now and then aborts the others.
+            # A rank that leaves early, before or instead of a barrier, aborts the others.
+            try:
+                result = work(world, run)
+            except StoppedError:
+                dist.barrier()
+                raise
             dist.barrier()
         return result
     finally:

@@ -12,7 +12,7 @@ from meshweave.model.blueprint import read_model_config
 from meshweave.verification.compare import VerifyReport, verify
 from meshweave.world import launch
 
-STEPS = 3
+STEPS = 2
 
 
 def module(ranks: str, dp: int = 1, tp: int = 1, **options: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from support.folders import model_folder
 from meshweave.config import RunConfig, parse_config
 from meshweave.errors import ConfigError
 from meshweave.model.blueprint import read_model_config
-from meshweave.train.output import check_output
+from meshweave.train.output import Start, check_output
 from meshweave.train.trainer import train
 from meshweave.world import launch
 
@@ -41,11 +41,11 @@ def test_a_folder_that_holds_a_run_is_written_over_only_where_that_is_asked_for(
     trained(run)
     (run.output / "notes.txt").write_text("mine")
     before = (run.output / "metrics.jsonl").read_text()
-    for refuse in (lambda: check_output(run, overwrite=False), lambda: trained(run)):
+    for refuse in (lambda: check_output(run, Start()), lambda: trained(run)):
         with pytest.raises(ConfigError, match=r"output: '.*out' holds a run; name another folder .*--overwrite"):
             refuse()
     assert (run.output / "metrics.jsonl").read_text() == before
-    trained(run, overwrite=True)
+    trained(run, start=Start(overwrite=True))
     assert (run.output / "metrics.jsonl").read_text() != before
     assert (run.output / "notes.txt").read_text() == "mine"
     assert len(list((run.output / "tensorboard").iterdir())) == 1
@@ -56,19 +56,19 @@ def test_what_inspect_leaves_in_a_folder_is_no_run(tmp_path: Path) -> None:
     run.output.mkdir()
     for name in ("layout.png", "timeline.json", "data.png"):
         (run.output / name).write_text("")
-    check_output(run.model_copy(update={"model": tmp_path / "model"}), overwrite=False)
+    check_output(run.model_copy(update={"model": tmp_path / "model"}), Start())
 
 
 @pytest.mark.parametrize("inside", [".", "runs/a"])
 def test_the_model_folder_is_no_place_for_a_run(inside: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is the model folder .*, or in it"):
-        check_output(run_into(tmp_path / inside, tmp_path), overwrite=True)
+        check_output(run_into(tmp_path / inside, tmp_path), Start(overwrite=True))
 
 
 def test_a_file_is_no_place_for_a_run(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(ConfigError, match="is a file; name a folder"):
-        check_output(run_into(tmp_path / "out", tmp_path / "model"), overwrite=True)
+        check_output(run_into(tmp_path / "out", tmp_path / "model"), Start(overwrite=True))
 
 
 HOLD = """

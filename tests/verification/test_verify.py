@@ -1,4 +1,4 @@
-"""Every layout trains the same model as one process: loss, every gradient, and the weights after three steps."""
+"""Every layout trains the same model as one process: loss, every gradient, and the weights after two steps."""
 
 import json
 from pathlib import Path
@@ -25,15 +25,11 @@ from meshweave.world import World
 PAIRS = {
     "one rank": (module("0"), module("0")),
     "homogeneous dp4": (module("0-3", dp=4), module("0-3", dp=4)),
-    "homogeneous tp4": (module("0-3", tp=4), module("0-3", tp=4)),
     "homogeneous tp2 dp2": (module("0-3", dp=2, tp=2), module("0-3", dp=2, tp=2)),
     "vision dp4, language tp2 dp2": (module("0-3", dp=4), module("0-3", dp=2, tp=2)),
-    "vision dp4, language tp4": (module("0-3", dp=4), module("0-3", tp=4)),
     "vision tp4, language dp4": (module("0-3", tp=4), module("0-3", dp=4)),
     "vision tp2 dp2, language dp4": (module("0-3", dp=2, tp=2), module("0-3", dp=4)),
-    "vision tp2 dp2, language tp4": (module("0-3", dp=2, tp=2), module("0-3", tp=4)),
     "vision dp2, language tp2": (module("0-1", dp=2), module("0-1", tp=2)),
-    "vision dp3, language dp3": (module("0-2", dp=3), module("0-2", dp=3)),
     "replicated dp4, replicated tp2 dp2": (
         module("0-3", dp=4, data_parallel="replicate"),
         module("0-3", dp=2, tp=2, data_parallel="replicate"),
@@ -48,27 +44,28 @@ PAIRS = {
 
 
 @pytest.mark.parametrize(
-    ("family", "pair"), [("llava", pair) for pair in PAIRS] + [("qwen3_vl", pair) for pair in list(PAIRS)[1::2]]
+    ("family", "pair"), [("llava", pair) for pair in PAIRS] + [("qwen3_vl", pair) for pair in list(PAIRS)[2::4]]
 )
 def test_a_layout_pair_equals_the_single_process_in_float64(family: str, pair: str, tmp_path: Path) -> None:
     vision, language = PAIRS[pair]
-    steps = STEPS if family == "llava" else 2
-    report = verified(run_of(write_model_folder(CONFIGS[family](), tmp_path), vision, language), steps=steps)
+    report = verified(run_of(write_model_folder(CONFIGS[family](), tmp_path), vision, language))
     assert report.passed, report
-    assert report.samples == 10 * steps
-    assert report.media_items > 10 * steps
+    assert report.samples == 10 * STEPS
+    assert report.media_items > 10 * STEPS
     assert report.parameters > 80
 
 
-@pytest.mark.parametrize(("number", "pair"), enumerate(list(PAIRS)[1:12:2]), ids=list(PAIRS)[1:12:2])
-def test_a_layout_pair_equals_the_single_process_in_float32(number: int, pair: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "pair"), [("llava", "vision tp2 dp2, language dp4"), ("qwen3_vl", "replicated dp4, replicated tp2 dp2")]
+)
+def test_a_layout_pair_equals_the_single_process_in_float32(family: str, pair: str, tmp_path: Path) -> None:
     vision, language = PAIRS[pair]
-    folder = write_model_folder(CONFIGS[("llava", "qwen3_vl")[number % 2]](), tmp_path)
+    folder = write_model_folder(CONFIGS[family](), tmp_path)
     report = verified(run_of(folder, vision, language, dtype="float32", train={"microbatches": 1}))
     assert report.passed, report
 
 
-@pytest.mark.parametrize("pair", ["vision dp4, language tp2 dp2", "vision tp2 dp2, language dp4", "homogeneous tp4"])
+@pytest.mark.parametrize("pair", ["vision dp4, language tp2 dp2", "vision tp2 dp2, language dp4"])
 def test_window_attention_and_gated_towers_equal_the_single_process(pair: str, tmp_path: Path) -> None:
     report = verified(run_of(write_model_folder(CONFIGS["qwen2_5_vl"](), tmp_path), *PAIRS[pair]), steps=2)
     assert report.passed, report
@@ -82,8 +79,7 @@ def test_pretrained_weights_train_as_from_pretrained_would_load_them(family: str
     assert report.passed, report
 
 
-@pytest.mark.parametrize("weights", ["seeded", "pretrained"])
-@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize(("family", "weights"), [("llava", "seeded"), ("qwen3_vl", "pretrained")])
 def test_tied_embeddings_stay_tied(family: str, weights: str, tmp_path: Path) -> None:
     folder = write_model_folder(CONFIGS[family](tied=True), tmp_path, weights=weights == "pretrained")
     report = verified(run_of(folder, *PAIRS["vision dp4, language tp2 dp2"], weights=weights), steps=2)

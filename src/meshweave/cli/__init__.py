@@ -3,11 +3,12 @@
 import typer
 
 from meshweave.cli.balance import balance_command
+from meshweave.cli.checkpoint import checkpoint_app
 from meshweave.cli.data import data_app
 from meshweave.cli.init import init_command
 from meshweave.cli.inspect import inspect_command
 from meshweave.cli.simulate import simulate_command
-from meshweave.cli.train import train_command
+from meshweave.cli.train import TrainCommand, train_command
 from meshweave.cli.verify import verify_command
 
 app = typer.Typer(
@@ -18,9 +19,10 @@ app = typer.Typer(
 )
 
 app.command("init")(init_command)
-app.command("train")(train_command)
+app.command("train", cls=TrainCommand)(train_command)
 app.command("inspect")(inspect_command)
 app.command("simulate")(simulate_command)
 app.command("balance")(balance_command)
 app.command("verify")(verify_command)
 app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")

@@ -2,16 +2,19 @@
 
 import logging
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.control import Control
 from rich.logging import RichHandler
+from rich.segment import ControlType
 
 from meshweave.config import RunConfig, load_config
-from meshweave.errors import MeshweaveError, RankError
+from meshweave.errors import MeshweaveError, RankError, StoppedError
 
 if TYPE_CHECKING:
     from meshweave.model.hub import Need
@@ -35,17 +38,37 @@ def load_run(run_file: Path, overrides: list[str] | None, need: "Need") -> RunCo
 
 
 def run_command(work: Callable[[], None]) -> None:
-    """Runs a command; an error of ours becomes one message and exit code 2."""
+    """Runs a command; an error of ours becomes one message and exit code 2, a signal one line and 128 + its number."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)])
+    speaks = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:
         work()
+    except StoppedError as end:
+        if speaks:
+            _leave_progress()
+            Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(_whole(end))
+        raise typer.Exit(128 + end.signal) from None
+    except KeyboardInterrupt:
+        if speaks:
+            typer.echo("stopped by SIGINT", err=True)
+        raise typer.Exit(128 + signal.SIGINT) from None
     except MeshweaveError as error:
         # In a launched world every process comes here; what only one of them knows says so.
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0" or isinstance(error, RankError):
+        if speaks or isinstance(error, RankError):
+            _leave_progress()
             Console(stderr=True).print("[bold red]error:[/]", end=" ")
-            Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(str(error))
+            Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(_whole(error))
         raise typer.Exit(2) from None
+
+
+def _whole(error: MeshweaveError) -> str:
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])
+
+
+def _leave_progress() -> None:
+    """A rank that was killed left its progress on the terminal: half a line, and no cursor."""
+    Console().control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2), ControlType.SHOW_CURSOR))

@@ -39,6 +39,9 @@ class RunConfig(Strict):
     """Ranks that no module uses, on purpose."""
     timeout_seconds: PositiveFloat = 600.0
     """A rank that waits longer for another, in a collective or for a message, ends the run."""
+    preemption_seconds: PositiveFloat = 60.0
+    """A run that is asked to stop (SIGTERM, SIGUSR1, SIGHUP, Ctrl-C) has so long to end its step and to save; then its ranks are
+    killed. Under torchrun or Slurm theirs is what counts."""
 
     @model_validator(mode="after")
     def _ranks_cover_the_world(self) -> "RunConfig":

@@ -2,11 +2,31 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from meshweave.config.fields import Strict
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class CheckpointConfig(Strict):
+    """When a run saves its state, from which `--resume` goes on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    every: PositiveInt | None = 500
+    """Steps from one checkpoint to the next; null: only by the clock, or when the run is asked to stop."""
+    every_minutes: PositiveFloat | None = None
+    """The same by the clock, as well."""
+    keep: PositiveInt | None = 3
+    """How many are kept, the newest ones; null keeps all."""
+    asynchronous: Annotated[bool, Field(alias="async")] = True
+    """Steps go on while a checkpoint is written; the ranks' memory (of the host) then holds a copy of parameters and optimizer
+    state."""
+    max_failures: PositiveInt = 3
+    """So many saves in a row that fail end the run."""
+    verify_on_load: bool = False
+    """Compare checksums before a run goes on; sizes always are."""
 
 
 class TrainConfig(Strict):
@@ -45,6 +65,10 @@ class TrainConfig(Strict):
     below 1; null turns clipping off."""
     log_every: PositiveInt = 10
     """Steps between log lines."""
+    checkpoint: CheckpointConfig | None = CheckpointConfig()
+    """Saved state; null saves none."""
+    resume: Literal["auto"] | None = None
+    """`auto`: go on from the newest whole checkpoint of the run folder if there is one, as `--resume` does, else start."""
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> "TrainConfig":

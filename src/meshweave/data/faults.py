@@ -4,6 +4,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from meshweave.errors import DataError, FaultKind, LeftOutError
 
@@ -58,6 +59,22 @@ class FaultLog:
     _counts: Counter[FaultKind] = field(default_factory=Counter)
     _examples: dict[FaultKind, str] = field(default_factory=dict)
     _steps: deque[tuple[int, int, int]] = field(default_factory=deque)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, for JSON."""
+        return {
+            "skipped": sorted(self._seen[False]),
+            "left_out": sorted(self._seen[True]),
+            "counts": dict(self._counts),
+            "examples": dict(self._examples),
+            "steps": list(self._steps),
+        }
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Counts from what `state` said on."""
+        self._seen = {False: set(state["skipped"]), True: set(state["left_out"])}
+        self._counts, self._examples = Counter(state["counts"]), dict(state["examples"])
+        self._steps = deque((asked, bad, lost) for asked, bad, lost in state["steps"])
 
     def name(self, faults: Mapping[int, Fault]) -> None:
         """Names the faults of a step that are new; before its samples are read to the end, so more may come.

@@ -1,6 +1,6 @@
 """What does a rank read for a step? The pixels it encodes and the text it embeds, by one shared plan."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -150,8 +150,9 @@ class Loader:
         self.steps_per_epoch = len(dataset) // batch_size if drop_last else -(-len(dataset) // batch_size)
         self._order: tuple[int, np.ndarray] | None = None
 
-    def steps(self, start: int, stop: int, *, prefetch: bool = True) -> Iterator[LocalStep]:
-        """Steps `start` … `stop` - 1; with `prefetch`, a thread prepares the one after the caller's."""
+    def steps(self, start: int, stop: int, *, prefetch: bool = True) -> Generator[LocalStep, None, None]:
+        """Steps `start` … `stop` - 1; with `prefetch`, a thread prepares the one after the caller's. Whoever stops early, on all
+        ranks alike, closes it: that waits for the thread."""
         if not prefetch or start >= stop:
             yield from (self.step(number) for number in range(start, stop))
             return

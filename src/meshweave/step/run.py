@@ -3,12 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from signal import Signals
 
 import torch
 import torch.distributed as dist
 
 from meshweave.config import LANGUAGE
 from meshweave.data.loader import LocalStep
+from meshweave.errors import StoppedError
 from meshweave.parallel.build import LocalModel
 from meshweave.schedule.runtime import Place, execute, lost_ranks_named
 from meshweave.schedule.schedule import Schedule
@@ -36,6 +38,10 @@ class Totals:
     """Load-balancing loss of every group of tokens (`model/routing.py`), times its target tokens; 0 without a backward."""
     load: tuple[tuple[float, ...], ...] = ()
     """Layer with a router → expert → (token, slot) pairs; of a step with a backward."""
+    asked: int = 0
+    """Ranks that were asked to stop before these sums."""
+    save_due: bool = False
+    """Whether any rank finds that it is time for a checkpoint."""
 
     @property
     def loss(self) -> float | None:
@@ -66,11 +72,14 @@ def run_step(
     schedule: Schedule,
     travel: Travel,
     clocked: list[Span] | None = None,
+    *,
+    save_due: bool = False,
 ) -> Totals:
     """Works a step as the schedule says and leaves summed gradients on the parameters, where the schedule has any backward.
 
     Args:
         clocked: gets the span of every computation of this rank, if given.
+        save_due: whether this rank's clock says that it is time for a checkpoint: one clock goes first, and all follow it.
 
     Raises:
         RankError: a peer hangs or is gone.
@@ -85,13 +94,15 @@ def run_step(
                 sum_partial_gradients(model.modules[name], world.meshes[name])
                 sum_tied_gradients(model.modules[name], placement, world.rank)
                 norms[index] = squared_norm(model.modules[name], placement, world.rank)
-        totals = torch.cat([worker.sums, norms, worker.load.flatten()])
+        asked = worker.sums.new_tensor([0.0 if world.stop.signal is None else 1.0, float(save_due)])
+        totals = torch.cat([worker.sums, asked, norms, worker.load.flatten()])
         if world.size > 1:
             dist.all_reduce(totals)
-    loss_sum, targets, exact, samples, aux_sum, *rest = totals.tolist()
+    loss_sum, targets, exact, samples, aux_sum, stops, saves, *rest = totals.tolist()
     squared_norms = dict(zip(world.placements, rest[: len(norms)], strict=True)) if backward else {}
     load = tuple(map(tuple, totals[len(totals) - worker.load.numel() :].view_as(worker.load).tolist()))
-    return Totals(loss_sum, int(targets), int(exact), int(samples), squared_norms, _crossed(step, schedule), aux_sum, load)
+    crossed = _crossed(step, schedule)
+    return Totals(loss_sum, int(targets), int(exact), int(samples), squared_norms, crossed, aux_sum, load, int(stops), saves > 0)
 
 
 def _crossed(step: LocalStep, schedule: Schedule) -> dict[str, tuple[int, int]]:
@@ -101,6 +112,18 @@ def _crossed(step: LocalStep, schedule: Schedule) -> dict[str, tuple[int, int]]:
         returned = crossing.transpose().tokens_moved if schedule.work.modules[encoder].backward else 0
         crossed[encoder] = there + crossing.tokens_moved, back + returned
     return crossed
+
+
+def stopped(world: World) -> StoppedError:
+    """The end of a run in which a rank was asked to stop (`Totals.asked`), to be raised on all ranks. A collective over them."""
+    signals = torch.zeros(world.size, dtype=torch.int64, device=world.device)
+    signals[world.rank] = world.stop.signal or 0
+    if world.size > 1:
+        with lost_ranks_named(world.rank, world.timeout_seconds, "asking who was asked to stop"):
+            dist.all_reduce(signals)
+    asked = {rank: Signals(number) for rank, number in enumerate(signals.tolist()) if number}
+    sent = f", sent to rank {', '.join(map(str, asked))}," if len(asked) < world.size else ""
+    return world.stop.stopped(next(iter(asked.values())), sent)
 
 
 def finish_gradients(model: LocalModel, totals: Totals, max_grad_norm: float | None) -> bool:

@@ -40,9 +40,11 @@ def build_optimizer(run: RunConfig, parameters: Mapping[str, Mapping[str, nn.Par
     )
 
 
-def build_schedule(run: RunConfig, optimizer: AdamW) -> LambdaLR:
-    """Scales every group's peak rate by `rate_factor`."""
-    return LambdaLR(optimizer, partial(rate_factor, run.train))
+def build_schedule(run: RunConfig, optimizer: AdamW, done: int = 0) -> LambdaLR:
+    """Scales every group's peak rate by `rate_factor`, from the step on that follows `done` ones."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return LambdaLR(optimizer, partial(rate_factor, run.train), last_epoch=done - 1)
 
 
 def peak_rate(run: RunConfig, module: str) -> float:

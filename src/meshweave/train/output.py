@@ -1,68 +1,145 @@
-"""Whose is the run folder? One run's at a time, and an earlier run's is not written over without being told."""
+"""Whose is the run folder, and from where does a run in it start? One run's at a time, and no earlier one's unless told."""
 
 import fcntl
+import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from meshweave.checkpoint.folder import PARTIAL
+from meshweave.checkpoint.manifest import (
+    CHECKPOINTS,
+    MANIFEST,
+    check_sizes,
+    checkpoint_folders,
+    newest_whole,
+    read_manifest,
+    remove,
+    step_of,
+)
 from meshweave.config import RunConfig
-from meshweave.errors import ConfigError
+from meshweave.errors import CheckpointError, ConfigError, MeshweaveError
 from meshweave.step.trace import MEASURED_PICTURE, MEASURED_TRACE
+from meshweave.train.metrics import METRICS, TENSORBOARD
 from meshweave.world import World
 
-METRICS, TENSORBOARD, MODEL, CURVE = "metrics.jsonl", "tensorboard", "model", "loss.png"
-"""What a run leaves in its folder."""
+logger = logging.getLogger(__name__)
+
+MODEL, CURVE = "model", "loss.png"
+"""What a run leaves in its folder, beside its metrics and checkpoints."""
 _LOCK = ".running"
 
 
-def check_output(run: RunConfig, overwrite: bool) -> None:
-    """Raises ConfigError if a run must not write into its folder: an earlier one's is there, or it is the model's."""
+@dataclass(frozen=True)
+class Start:
+    """How a run begins."""
+
+    overwrite: bool = False
+    """What an earlier run left in the folder is removed."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in the folder."""
+    checkpoint: Path | None = None
+    """Go on from this one."""
+    allow_changed: tuple[str, ...] = ()
+    """Keys of the run file that may differ from the checkpoint's (`checkpoint/load.py`)."""
+
+
+START = Start()
+"""From the beginning, in a folder of its own."""
+
+
+def check_output(run: RunConfig, start: Start) -> None:
+    """Raises ConfigError if a run must not write into its folder: an earlier one's is there, or it is the model's.
+
+    A run that goes on may, if there is a checkpoint to go on from.
+    """
     folder, model = run.output.resolve(), run.model.resolve()
     if folder == model or folder.is_relative_to(model):
         raise ConfigError(f"output: {str(run.output)!r} is the model folder {str(run.model)!r}, or in it; name another folder")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output: {str(run.output)!r} is a file; name a folder")
-    if not overwrite and any((folder / name).exists() for name in (METRICS, MODEL)):
-        raise ConfigError(
-            f"output: {str(run.output)!r} holds a run; name another folder (--set output=…), or write over it (--overwrite)"
-        )
+    if start.overwrite or not any((folder / name).exists() for name in (METRICS, MODEL, CHECKPOINTS)):
+        return
+    if start.resume or (start.checkpoint and _within(run, start.checkpoint)) or run.train.resume == "auto":
+        return
+    saved = "go on from its newest checkpoint (--resume), " if checkpoint_folders(folder) else ""
+    raise ConfigError(
+        f"output: {str(run.output)!r} holds a run; {saved}name another folder (--set output=…), or write over it (--overwrite)"
+    )
 
 
 @contextmanager
-def claimed(world: World, run: RunConfig, overwrite: bool) -> Iterator[None]:
-    """Inside it the run folder is this run's alone; a collective over all ranks.
+def claimed(world: World, run: RunConfig, start: Start) -> Iterator[Path | None]:
+    """Inside it the run folder is this run's alone; gives the checkpoint to go on from, if any. A collective over all ranks.
 
-    With `overwrite`, what an earlier run left there is removed. The claim ends with rank 0's process, however that ends.
+    The claim ends with rank 0's process, however that ends.
 
     Raises:
         ConfigError: as `check_output`, and if another run has the folder; on all ranks alike.
+        CheckpointError: there is no whole checkpoint to go on from; on all ranks alike.
     """
-    refusal: list[str | None] = [None]
+    said: list[Any] = [None, None]
     lock = None
     if world.rank == 0:
         try:
             lock = _lock(run.output)
-            check_output(run, overwrite)
-            _clear(run.output)
-        except ConfigError as error:
-            refusal = [str(error)]
+            check_output(run, start)
+            said[1] = _checkpoint(run, start)
+            if said[1] is None:
+                _clear(run.output)
+        except MeshweaveError as error:
+            said[0] = error
         except OSError as error:
-            refusal = [f"output: {str(run.output)!r} cannot be written ({error.strerror}); name another folder"]
+            said[0] = ConfigError(f"output: {str(run.output)!r} cannot be written ({error.strerror}); name another folder")
     if world.size > 1:
-        dist.broadcast_object_list(refusal, src=0, group=world.data_group)
+        dist.broadcast_object_list(said, src=0, group=world.data_group)
     try:
-        if refusal[0] is not None:
-            raise ConfigError(refusal[0])
-        yield
+        if said[0] is not None:
+            raise said[0]
+        yield said[1]
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _checkpoint(run: RunConfig, start: Start) -> Path | None:
+    """The one to go on from. Later ones are out of the way then: unfinished ones are removed, others set aside, all named."""
+    newest, faults = start.checkpoint, dict[Path, str]()
+    if newest is not None:
+        check_sizes(newest, read_manifest(newest))
+        if not _within(run, newest):
+            return newest
+    elif start.overwrite or not (start.resume or run.train.resume == "auto"):
+        return None
+    else:
+        newest, faults = newest_whole(run.output)
+    if newest is None and start.resume:
+        raise CheckpointError(f"output: {str(run.output)!r} holds no whole checkpoint to go on from; start without --resume")
+    if newest is None and (run.output / METRICS).exists():
+        logger.warning("%s: a run ended there before its first checkpoint; it starts anew", run.output)
+    for folder in checkpoint_folders(run.output):
+        if newest is None or step_of(folder) > step_of(newest):
+            fault = faults.get(folder, f"{folder}: is later than {newest}")
+            if (folder / MANIFEST).exists():
+                aside = folder.rename(folder.with_name(f"{folder.name}.aside-{time.time_ns()}"))
+                logger.warning("%s; it is set aside, as %s", fault, aside.name)
+            else:
+                remove(folder)
+                logger.warning("%s; it is removed", fault)
+    return newest
+
+
+def _within(run: RunConfig, checkpoint: Path) -> bool:
+    """Whether it is one of the run folder's own."""
+    return checkpoint.resolve().parent == (run.output / CHECKPOINTS).resolve()
 
 
 def _lock(folder: Path) -> int:
@@ -82,7 +159,7 @@ def _lock(folder: Path) -> int:
 
 
 def _clear(folder: Path) -> None:
-    for name in (TENSORBOARD, MODEL, f"{MODEL}{PARTIAL}"):
+    for name in (TENSORBOARD, MODEL, f"{MODEL}{PARTIAL}", CHECKPOINTS):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (METRICS, CURVE, MEASURED_PICTURE, MEASURED_TRACE):
         (folder / name).unlink(missing_ok=True)

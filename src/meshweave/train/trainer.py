@@ -1,4 +1,4 @@
-"""The loop: load, step, update, log; then evaluate, export and sum up."""
+"""The loop: load, step, update, log, save; then evaluate, export and sum up."""
 
 import logging
 import time
@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from typing import Any
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -15,9 +15,13 @@ from transformers import PreTrainedConfig
 
 from meshweave.batch.plan import StepPlan
 from meshweave.checkpoint.export import export_model
+from meshweave.checkpoint.load import check_sums_together, load_state, require_same_run
+from meshweave.checkpoint.manifest import read_manifest
+from meshweave.checkpoint.save import Saver
+from meshweave.checkpoint.state import held_state
 from meshweave.config import LANGUAGE, RunConfig
 from meshweave.data.build import build_datasets
-from meshweave.errors import DataError, FaultKind
+from meshweave.errors import ConfigError, DataError
 from meshweave.model.blueprint import STORED, TRAVELS_AS, blueprint_of
 from meshweave.model.flops import TRAINING_FACTOR, ModuleFlops, count_flops
 from meshweave.model.modules import graph_of, media_widths
@@ -26,35 +30,34 @@ from meshweave.report.curves import draw_loss_curve
 from meshweave.report.summary import Crossing, Summary
 from meshweave.schedule.simulate import Timeline
 from meshweave.step.loading import build_loader
-from meshweave.step.run import finish_gradients, run_step
+from meshweave.step.run import finish_gradients, run_step, stopped
 from meshweave.step.schedules import agreed_schedule
 from meshweave.step.trace import MEASURED_PICTURE, TRACED_STEP, measured_timeline, start_clock, write_measured
 from meshweave.step.worker import Travel
 from meshweave.train.evaluation import Evaluation, evaluate
-from meshweave.train.metrics import MetricsLog
+from meshweave.train.metrics import METRICS, TENSORBOARD, MetricsLog
 from meshweave.train.optimizer import build_optimizer, build_schedule, peak_rate, rate_factor
-from meshweave.train.output import CURVE, METRICS, MODEL, TENSORBOARD, claimed
+from meshweave.train.output import CURVE, MODEL, START, Start, claimed
+from meshweave.train.tally import Tally
 from meshweave.world import World
 
 logger = logging.getLogger(__name__)
 
-_WARM_UP_STEPS = 5
-"""Steps that speed figures leave out: allocations and first connections."""
 
+def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool = False, start: Start = START) -> Summary:
+    """Trains as the run file says; rank 0 logs, draws and writes the model. Returns the same summary on every rank, speeds apart.
 
-def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool = False, overwrite: bool = False) -> Summary:
-    """Trains as the run file says; rank 0 logs, draws and writes the model. Returns the same summary on every rank.
-
-    With `trace`, one step is clocked on all ranks, and rank 0 draws and writes its timeline. With `overwrite`, what an earlier
-    run left in the run folder is removed.
+    With `trace`, one step is clocked on all ranks, and rank 0 draws and writes its timeline.
 
     A step without a target makes no update and has no loss; learning rates go by the step's number all the same.
 
     Raises:
-        ConfigError: the run folder holds a run, or is another's.
+        ConfigError: the run folder holds a run, or is another's, or the run is not the one that wrote the checkpoint.
         DataError: data cannot be read (`data.on_error: stop`, `data.max_skipped`), is smaller than a step, or no step had
             anything to learn from.
-        CheckpointError: the model folder's weights do not fit.
+        CheckpointError: the model folder's weights do not fit; there is no checkpoint to go on from, or it is damaged; too many
+            saves have failed.
+        StoppedError: some rank was asked to stop, and the step at whose end all do is done and saved; on all ranks alike.
     """
     training, held_out = build_datasets(run, config)
     schedule = agreed_schedule(world, run, config, training)
@@ -63,21 +66,31 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
     model = build_model(run, config, world.placements, world.meshes, world.rank, world.device, world.expert_meshes)
     loader = build_loader(run, training, world, schedule, model.part.rule, flops=flops[LANGUAGE])
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
-    rates = build_schedule(run, optimizer)
     travel = Travel(media_widths(config), config.get_text_config().hidden_size, TRAVELS_AS[run.dtype])
     token_bytes = {name: sum(widths) * travel.dtype.itemsize for name, widths in travel.widths.items()}
-    records: list[dict[str, Any]] = []
+    tally = Tally()
     measured: Timeline | None = None
     with ExitStack() as stack:
-        stack.enter_context(claimed(world, run, overwrite))
+        checkpoint = stack.enter_context(claimed(world, run, start))
+        if checkpoint is not None:
+            shapes = {key: tuple(value.shape) for name in run.modules for key, value in graph.parameters(name).items()}
+            tally = _checked(world, run, checkpoint, start, len(training))
+            load_state(world, checkpoint, model, optimizer, shapes)
+            loader.log.go_on(tally.met.state())
+        done, last = tally.steps, run.train.steps
+        rates = build_schedule(run, optimizer, done)
         # Closed on any way out: its thread must not outlive a run that failed.
-        log = stack.enter_context(closing(MetricsLog(run.output))) if world.rank == 0 else None
-        progress = stack.enter_context(_progress(world, run.train.steps))
-        task = progress.add_task("training", total=run.train.steps, shown="")
+        log = stack.enter_context(closing(MetricsLog(run.output, done))) if world.rank == 0 else None
+        saver = stack.enter_context(closing(Saver(world, run, len(training)))) if run.train.checkpoint is not None else None
+        progress = stack.enter_context(_progress(world, last))
+        task = progress.add_task("training", total=last, completed=done, shown="")
         started = time.perf_counter()
-        for number, step in enumerate(loader.steps(0, run.train.steps)):
-            clock = start_clock(world) if trace and number == min(TRACED_STEP, run.train.steps - 1) else None
-            totals = run_step(model, step, world, schedule, travel, clock.spans if clock else None)
+        world.stop.reached(done)
+        steps = loader.steps(done, last)
+        for number, step in enumerate(steps, done):
+            clock = start_clock(world) if trace and number == min(done + TRACED_STEP, last - 1) else None
+            overdue = saver is not None and saver.is_overdue()
+            totals = run_step(model, step, world, schedule, travel, clock.spans if clock else None, save_due=overdue)
             if clock is not None:
                 measured = measured_timeline(world, clock)
             updated = finish_gradients(model, totals, run.train.max_grad_norm)
@@ -112,27 +125,54 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             }
             if totals.load:
                 record |= {"router_aux_loss": totals.router_aux_loss, "expert_imbalance": totals.imbalance}
-            started = now
-            records.append(record)
+            tally.add(record, step.faults, run.train.batch_size)
             if log is not None:
                 log.add(record)
             loss = "no loss" if totals.loss is None else f"loss {totals.loss:.4f}"
             shown = f"{loss} · grad norm {totals.grad_norm:.3f} · {record['tokens_per_second']:,.0f} tokens/s"
             progress.update(task, advance=1, shown=shown)
             if world.rank == 0 and not progress.console.is_terminal and (number + 1) % run.train.log_every == 0:
-                progress.console.print(f"step {number + 1:>6}/{run.train.steps}  {shown}")
-        if not any(record["updated"] for record in records):
-            faults: Counter[FaultKind] = sum((Counter(record["faults"]) for record in records), Counter())
-            counted = ", ".join(f"{count} × {kind}" for kind, count in faults.most_common()) or "no sample has a target"
+                progress.console.print(f"step {number + 1:>6}/{last}  {shown}")
+            world.stop.reached(number + 1)
+            # After the last step there is a model to write, which takes no longer than to stop.
+            stops = bool(totals.asked) and number + 1 < last
+            # After the clock was read: what a save takes is a step's that waits for it.
+            started = now
+            if saver is not None and (stops or totals.save_due or saver.is_due(number + 1)):
+                saver.save(number + 1, held_state(model, optimizer, world), tally.state())
+            if stops:
+                steps.close()
+                if saver is not None:
+                    saver.close()
+                raise stopped(world)
+        if not tally.updated:
+            counted = ", ".join(f"{count} × {kind}" for kind, count in tally.faults.most_common()) or "no sample has a target"
             raise DataError(f"nothing was trained, so no model is written: no step had anything to learn from ({counted})")
         # Before the evaluation: whatever happens there, the model is written.
         export_model(world, model, config, run, run.output / MODEL)
         evaluation = evaluate(world, run, config, model, held_out, travel) if held_out is not None else None
-        if world.rank == 0:
-            draw_loss_curve(records, run.output / CURVE)
+        if log is not None:
+            draw_loss_curve(log.records(), run.output / CURVE)
             if measured is not None:
                 write_measured(measured, run.output)
-    return _summary(run, records, evaluation, trace)
+    return _summary(run, tally, evaluation, measured is not None)
+
+
+def _checked(world: World, run: RunConfig, checkpoint: Path, start: Start, samples: int) -> Tally:
+    """What a checkpoint's steps have added up to, if the run may go on from it; rank 0 says from where, and what has changed."""
+    manifest = read_manifest(checkpoint)
+    changed = require_same_run(checkpoint, manifest, run, samples, start.allow_changed)
+    if manifest.step > run.train.steps:
+        raise ConfigError(
+            f"train.steps={run.train.steps}: {checkpoint} is {manifest.step} steps old already; name more steps, or an earlier "
+            "checkpoint (--resume DIR)"
+        )
+    if run.train.checkpoint is not None and run.train.checkpoint.verify_on_load:
+        check_sums_together(world, checkpoint, manifest)
+    if world.rank == 0:
+        for line in (f"going on from {checkpoint}, after step {manifest.step}", *(f"changed since: {line}" for line in changed)):
+            logger.warning(line)
+    return Tally.of(manifest.progress)
 
 
 def step_tokens(plan: StepPlan) -> int:
@@ -163,24 +203,21 @@ def _progress(world: World, steps: int) -> Progress:
     return Progress(*columns, console=console, disable=world.rank != 0 or not console.is_terminal)
 
 
-def _summary(run: RunConfig, records: list[dict[str, Any]], evaluation: Evaluation | None, traced: bool) -> Summary:
-    timed = records[_WARM_UP_STEPS:] or records
-
-    def mean(key: str, name: str) -> float:
-        return sum(record[key][name] for record in records) / len(records)
-
+def _summary(run: RunConfig, tally: Tally, evaluation: Evaluation | None, traced: bool) -> Summary:
+    assert tally.loss is not None
     return Summary(
-        steps=len(records),
-        seconds=len(records) * sum(record["seconds"] for record in timed) / len(timed),
-        loss=next(record["loss"] for record in reversed(records) if record["loss"] is not None),
-        tokens_per_second=sum(record["tokens"] for record in timed) / sum(record["seconds"] for record in timed),
-        flops={name: mean("flops", name) for name in run.modules},
+        steps=tally.steps,
+        seconds=tally.steps * tally.seconds / max(1, tally.timed),
+        loss=tally.loss,
+        tokens_per_second=tally.tokens / tally.seconds if tally.seconds else 0.0,
+        flops={name: tally.flops[name] / tally.steps for name in run.modules},
         crossings={
-            name: Crossing(mean("boundary_forward_bytes", name), mean("boundary_backward_bytes", name)) for name in run.encoders
+            name: Crossing(tally.forward_bytes[name] / tally.steps, tally.backward_bytes[name] / tally.steps)
+            for name in run.encoders
         },
-        skipped=sum(record["skipped_samples"] for record in records),
-        left_out=sum(record["left_out_samples"] for record in records),
-        faults=sum((Counter(record["faults"]) for record in records), Counter()),
+        skipped=tally.skipped,
+        left_out=tally.left_out,
+        faults=tally.faults,
         exact=evaluation.exact if evaluation else None,
         evaluated=evaluation.samples if evaluation else None,
         eval_loss=evaluation.loss if evaluation else None,

@@ -24,7 +24,7 @@ from meshweave.model.flops import count_flops
 from meshweave.model.modules import ENCODERS, graph_of, has_encoder, media_widths, module_config
 from meshweave.parallel.build import build_model
 from meshweave.step.loading import build_loader
-from meshweave.step.run import Totals, finish_gradients, run_step
+from meshweave.step.run import Totals, finish_gradients, run_step, stopped
 from meshweave.step.schedules import agreed_schedule
 from meshweave.step.worker import Travel
 from meshweave.train.optimizer import build_optimizer, build_schedule
@@ -86,6 +86,7 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
 
     Raises:
         ConfigError: the run's dtype has no tolerance.
+        StoppedError: some rank was asked to stop; on all ranks alike.
     """
     if run.dtype not in TOLERANCES:
         raise ConfigError(f"dtype {run.dtype}: verify compares in {' or '.join(TOLERANCES)}")
@@ -131,6 +132,8 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
         optimizer.zero_grad()
         samples += totals.samples
         items += sum(len(found) for plan in step.plan.microbatches for found in plan.items.values())
+        if totals.asked:
+            raise stopped(world)
     weights = gather_led(model, world, whole_values(model))
     shared = SHARED if isinstance(dataset, ProcessedDataset) else "the random samples"
     gradient = max(gradient, drift, key=lambda worst: worst.error)

@@ -1,0 +1,101 @@
+"""Which part of a whole tensor does this rank hold? Said in the words of torch.distributed.checkpoint (DCP)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+Run = tuple[int, int, int]
+"""Indices of one dim that follow one another: their start in the whole, their start in the part, their number."""
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """This rank's part of a whole tensor, as boxes of it, for DCP's planners: it has what they ask a tensor for.
+
+    DCP itself describes a part of a DTensor as one box from its first element on, which the slices of fused matrices are not
+    (torch 2.13, `_create_write_items_for_dtensor`).
+    """
+
+    shape: tuple[int, ...]
+    """Of the whole."""
+    runs: tuple[tuple[Run, ...], ...]
+    """Dim by dim: which indices are here."""
+    part: Tensor
+    """What is here, on any device."""
+
+    @classmethod
+    def of(cls, value: Tensor, part: Tensor | None = None) -> "Piece":
+        """What this rank holds of `value`; `part` in the place of its memory, if given."""
+        value = value.detach()
+        local = value.to_local() if isinstance(value, DTensor) else value
+        return cls(tuple(value.shape), held_runs(value), local if part is None else part)
+
+    def size(self) -> torch.Size:
+        """Of the whole."""
+        return torch.Size(self.shape)
+
+    @cached_property
+    def boxes(self) -> dict[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Offsets in the whole → offsets in the part, sizes."""
+        return {
+            tuple(run[0] for run in box): (tuple(run[1] for run in box), tuple(run[2] for run in box))
+            for box in product(*self.runs)
+            if all(run[2] for run in box)
+        }
+
+    def box(self, offsets: tuple[int, ...]) -> Tensor:
+        """The view of the part that starts at `offsets` in the whole."""
+        view = self.part
+        for dim, (start, length) in enumerate(zip(*self.boxes[offsets], strict=True)):
+            view = view.narrow(dim, start, length)
+        return view
+
+    def __create_write_items__(self, key: str, value: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(key, torch.Size(offsets)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)),
+                    properties=TensorProperties(dtype=self.part.dtype),
+                    size=self.size(),
+                ),
+            )
+            for offsets, (_, sizes) in self.boxes.items()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, (_, sizes) in self.boxes.items()]
+
+
+def held_runs(value: Tensor) -> tuple[tuple[Run, ...], ...]:
+    """Dim by dim, which indices of the whole `value` this rank holds, in the order in which they lie here."""
+    indices = [torch.arange(size) for size in value.shape]
+    if isinstance(value, DTensor):
+        for axis, placement in enumerate(value.placements):
+            if isinstance(placement, Shard | _StridedShard):
+                # The same cut of an index as the one that made the part.
+                along = (
+                    _StridedShard(0, split_factor=placement.split_factor) if isinstance(placement, _StridedShard) else Shard(0)
+                )
+                cut, _ = along._split_tensor(
+                    indices[placement.dim], value.device_mesh.size(axis), with_padding=False, contiguous=True
+                )
+                indices[placement.dim] = cut[value.device_mesh.get_local_rank(axis)]
+    return tuple(tuple(_runs(index.tolist())) for index in indices)
+
+
+def _runs(indices: list[int]) -> Iterator[Run]:
+    start = 0
+    for position in range(1, len(indices) + 1):
+        if position == len(indices) or indices[position] != indices[position - 1] + 1:
+            yield indices[start], start, position - start
+            start = position
