@@ -278,7 +278,7 @@ def test_all_ranks_hear_of_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_folder_that_is_there_is_not_written_over(tmp_path: Path) -> None:
+def test_a_folder_that_is_there_is_replaced_only_where_that_is_asked_for(tmp_path: Path) -> None:
     source, config = a_folder(tmp_path)
     plan = plan_folder(source, config)
     (tmp_path / "out").mkdir()
@@ -286,6 +286,10 @@ def test_a_folder_that_is_there_is_not_written_over(tmp_path: Path) -> None:
     assert_same_tensors(tensors_of(tmp_path / "out"), tensors_of(source))
     with pytest.raises(CheckpointError, match="out: is there already; name another folder"):
         write_folder(plan, lambda name: None, tmp_path / "out")
+    (tmp_path / "out" / "LICENSE").unlink()
+    write_folder(plan, lambda name: None, tmp_path / "out", replace=True)
+    assert others_of(tmp_path / "out") == others_of(source)
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
 def test_a_kill_leaves_no_half_of_a_folder_and_the_next_write_takes_away_what_it_left(tmp_path: Path) -> None:

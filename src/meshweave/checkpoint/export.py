@@ -24,6 +24,8 @@ def export_model(
 ) -> None:
     """Rank 0 writes `folder`, like the run's model folder; a collective over all ranks, which send it one parameter at a time.
 
+    What an earlier part of the run left there is there until the new one is whole.
+
     Raises:
         CheckpointError: as `plan_folder` and `write_folder`; on all ranks alike.
     """
@@ -57,7 +59,7 @@ def _write(plan: FolderPlan, read: ReadValue, names: Iterator[str], folder: Path
         return read(next(names))
 
     try:
-        write_folder(plan, next_value, folder)
+        write_folder(plan, next_value, folder, replace=True)
     except CheckpointError as error:
         for name in names:
             read(name)

@@ -129,17 +129,18 @@ def plan_folder(
     return FolderPlan(shards, texts, source, tuple(_others(source, texts)), kept)
 
 
-def write_folder(plan: FolderPlan, read: ReadValue, folder: Path) -> None:
+def write_folder(plan: FolderPlan, read: ReadValue, folder: Path, *, replace: bool = False) -> None:
     """Writes a folder, beside its place and into it when everything is on the disk.
 
-    `read` is asked for `plan.names`, in that order, one at a time; no more than one value is held.
+    `read` is asked for `plan.names`, in that order, one at a time; no more than one value is held. With `replace`, a folder that
+    is there already is so until then.
 
     Raises:
         CheckpointError: there is a folder already, the disk is full, or another fault of a disk; then nothing is left behind.
     """
-    partial = folder.with_name(f"{folder.name}{PARTIAL}")
+    partial, earlier = (folder.with_name(f"{folder.name}{end}") for end in (PARTIAL, ".earlier"))
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder}: is there already; name another folder, or take it away")
         # What a run that was killed left behind.
         shutil.rmtree(partial, ignore_errors=True)
@@ -160,7 +161,11 @@ def write_folder(plan: FolderPlan, read: ReadValue, folder: Path) -> None:
             shutil.copyfile(plan.source / place, partial / place)
         for path in (*partial.rglob("*"), partial):
             _sync(path)
+        if folder.exists():
+            shutil.rmtree(earlier, ignore_errors=True)
+            folder.rename(earlier)
         partial.rename(folder)
+        shutil.rmtree(earlier, ignore_errors=True)
         _sync(folder.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
