@@ -49,7 +49,8 @@ def main() -> None:
         measured = launch(run, partial(_measure, rounds=asked.rounds))
     assert measured is not None
     size, seconds = measured
-    table = Table("", "median", "fastest", "slowest", title=f"{size / 1e9:.2f} GB over {asked.ranks} ranks, {asked.rounds} rounds")
+    title = f"{size / 1e9:.2f} GB over {asked.ranks} ranks, {asked.rounds} rounds"
+    table = Table("", "median", "fastest", "slowest", title=title)
     for name, times in seconds.items():
         table.add_row(name, *(f"{value:.3f} s" for value in (statistics.median(times), min(times), max(times))))
     Console().print(table)
@@ -65,7 +66,8 @@ def _run(folder: Path, width: int, ranks: int) -> RunConfig:
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64}
     vision = CLIPVisionConfig(**sizes, num_hidden_layers=6, image_size=224, patch_size=14, projection_dim=width)
     text = Qwen3Config(**sizes, num_hidden_layers=6, num_key_value_heads=width // 64, head_dim=64, vocab_size=32000)
-    LlavaConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_id=31999).save_pretrained(folder / "model")
+    config = LlavaConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_id=31999)
+    config.save_pretrained(folder / "model")
     everywhere = {"ranks": f"0-{ranks - 1}", "dp": ranks}
     return parse_config(
         {

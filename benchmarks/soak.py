@@ -2,10 +2,10 @@
 
     python benchmarks/soak.py [--kills 100] [--seed 0] [--ranks 2]
 
-Each round draws a moment (start-up, steps, saves, the export and the evaluation included), a process (the launcher or one of its
-ranks) and a signal (mostly SIGKILL), and sends it; then the same command starts again, with `train.resume: auto`. A run that has
-reached its end is compared, bit for bit (float64), with the one that nobody disturbed, and begun anew. Exits 1 if weights differ, a
-process outlives its launcher by ten seconds, or more is lost than the steps since the last checkpoint.
+Each round draws a moment (start-up, steps, saves, the export and the evaluation included), a process (the launcher or one of
+its ranks) and a signal (mostly SIGKILL), and sends it; then the same command starts again, with `train.resume: auto`. A run that
+has reached its end is compared, bit for bit (float64), with the one that nobody disturbed, and begun anew. Exits 1 if weights
+differ, a process outlives its launcher by ten seconds, or more is lost than the steps since the last checkpoint.
 """
 
 import argparse

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.families import FAMILIES
 from support.models import CONFIGS, EXPERT_CONFIGS, write_model_folder
+from support.published import LAYER_0, write_published
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from meshweave.errors import CheckpointError
@@ -114,3 +115,70 @@ def test_matrices_of_an_expert_with_another_width_are_refused(tmp_path: Path) ->
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"has shape .*, the model's config says \(4, 48, 32\)"):
         check_weights(blueprint_of(EXPERT_CONFIGS["llava_moe"](), torch.float32), folder)
+
+
+@pytest.mark.parametrize("family", sorted(LAYER_0))
+def test_a_published_folder_is_read_as_the_model_that_it_holds(family: str, tmp_path: Path) -> None:
+    """For Qwen3-VL-MoE that is of the sizes that transformers reads wrongly: `gate_up_proj` is square."""
+    stock = write_published((EXPERT_CONFIGS | FAMILIES)[family](), family, tmp_path)
+    assert_same(filled(tmp_path, None), stock)
+
+
+@pytest.mark.parametrize("inner", [16, 24, 32], ids=["gate_up_proj is square", "none is", "down_proj is square"])
+@pytest.mark.parametrize("turned", [True, False], ids=["published", "transformers 5"])
+def test_experts_are_turned_where_the_folder_holds_them_turned(inner: int, turned: bool, tmp_path: Path) -> None:
+    config = EXPERT_CONFIGS["qwen3_vl_moe"]()
+    config.text_config.moe_intermediate_size = inner
+    stock = write_published(config, "qwen3_vl_moe", tmp_path, turned=turned)
+    assert_same(filled(tmp_path, None), stock)
+
+
+def test_experts_of_two_forms_in_one_folder_are_refused(tmp_path: Path) -> None:
+    write_published(EXPERT_CONFIGS["qwen3_vl_moe"](), "qwen3_vl_moe", tmp_path)
+    for file in tmp_path.glob("*.safetensors"):
+        tensors = load_file(file)
+        changed = {key: value.transpose(1, 2).contiguous() for key, value in tensors.items() if ".layers.1.mlp.experts" in key}
+        save_file(tensors | changed, file, metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.\S+ is stored turned, as published, but \S+layers\.1\.\S+ is not; take both"
+    ):
+        filled(tmp_path, None)
+
+
+def test_a_tied_weight_may_be_stored_under_either_name(tmp_path: Path) -> None:
+    stock = write_published(CONFIGS["llava"](tied=True), "llava", tmp_path)
+    for file in tmp_path.glob("*.safetensors"):
+        tensors = load_file(file)
+        embedding = tensors.pop("language_model.model.embed_tokens.weight", None)
+        found = {} if embedding is None else {"language_model.lm_head.weight": embedding}
+        save_file(tensors | found, file, metadata={"format": "pt"})
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert_same(filled(tmp_path, None), stock)
+
+
+def test_two_tensors_of_one_parameter_are_refused(tmp_path: Path) -> None:
+    write_published(CONFIGS["llava"](), "llava", tmp_path)
+    norm = {"model.language_model.norm.weight": torch.zeros(32)}
+    save_file(norm, tmp_path / "more.safetensors", metadata={"format": "pt"})
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(
+        CheckpointError,
+        match=r": language_model\.model\.norm\.weight and model\.language_model\.norm\.weight are both model\.language",
+    ):
+        filled(tmp_path, None)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_tied_weights_that_differ_in_the_folder_are_refused(same: bool, tmp_path: Path) -> None:
+    stock = write_published(CONFIGS["llava"](tied=True), "llava", tmp_path)
+    head = stock.get_input_embeddings().weight.detach().clone()
+    head[-1] += 0 if same else 1
+    save_file({"language_model.lm_head.weight": head}, tmp_path / "more.safetensors", metadata={"format": "pt"})
+    (tmp_path / "model.safetensors.index.json").unlink()
+    if same:
+        check_weights(blueprint_of(CONFIGS["llava"](tied=True), torch.float32), tmp_path)
+    else:
+        with pytest.raises(
+            CheckpointError, match=r"ties lm_head\.weight to model\.language_model\.embed_tokens\.weight, but the two"
+        ):
+            check_weights(blueprint_of(CONFIGS["llava"](tied=True), torch.float32), tmp_path)

@@ -75,7 +75,8 @@ def test_the_exported_model_does_not_depend_on_the_layout(tmp_path: Path) -> Non
         weights.append(AutoModelForImageTextToText.from_pretrained(run.output / "model", dtype=torch.float64).state_dict())
     for other in weights[1:]:
         for name, value in weights[0].items():
-            torch.testing.assert_close(other[name], value, rtol=1e-7, atol=1e-9)
+            # The input folder is of float32, so what differs by rounding in float64 may leave one float32 apart.
+            torch.testing.assert_close(other[name], value, rtol=2e-7, atol=1e-9)
 
 
 def test_a_learning_rate_per_module_is_used(tmp_path: Path) -> None:

@@ -1,63 +1,75 @@
-"""How does a trained model leave? As an ordinary Hugging Face folder."""
+"""How does a trained model leave? As an ordinary Hugging Face folder, streamed through rank 0."""
 
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
-import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedConfig
 
-from meshweave.checkpoint.collect import gather_led, whole_values
+from meshweave.checkpoint.collect import parameter_reader
+from meshweave.checkpoint.folder import SHARD_BYTES, FolderPlan, ReadValue, plan_folder, write_folder
 from meshweave.config import RunConfig
-from meshweave.model.blueprint import STORED, auto_class, blueprint_of
-from meshweave.model.weights import fill_pretrained, fill_seeded, materialise
+from meshweave.errors import CheckpointError
+from meshweave.model.blueprint import STORED
 from meshweave.parallel.build import LocalModel
 from meshweave.world import World
 
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"}
-"""Endings of files that hold weights, which training has changed."""
+Agreed = TypeVar("Agreed")
 
 
-def export_model(world: World, model: LocalModel, config: PreTrainedConfig, run: RunConfig, folder: Path) -> None:
-    """Gathers every parameter on rank 0, which writes `folder`, with the other files of the run's model folder. A collective
-    over all ranks."""
-    gathered = gather_led(model, world, whole_values(model))
-    if world.rank != 0:
-        return
-    source = run.model
-    with torch.device("meta"):
-        stock = auto_class(config).from_config(config, dtype=STORED[run.dtype])
-    stock.load_state_dict(gathered, strict=False, assign=True)
-    stock.tie_weights()
-    _fill_untrained(stock, config, run)
-    if (source / "generation_config.json").exists():
-        stock.generation_config = GenerationConfig.from_pretrained(source)
-    stock.save_pretrained(folder)
-    _copy_others(source, folder)
+def export_model(
+    world: World, model: LocalModel, config: PreTrainedConfig, run: RunConfig, folder: Path, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Rank 0 writes `folder`, like the run's model folder; a collective over all ranks, which send it one parameter at a time.
+
+    What an earlier part of the run left there is there until the new one is whole.
+
+    Raises:
+        CheckpointError: as `plan_folder` and `write_folder`; on all ranks alike.
+    """
+    read = parameter_reader(model, world)
+    plan: FolderPlan | None = None
+    names: list[str] = []
+    fault: str | None = None
+    if world.rank == 0:
+        try:
+            seed = run.seed if run.weights == "seeded" else None
+            plan = plan_folder(run.model, config, seed=seed, seeded_dtype=STORED[run.dtype], shard_bytes=shard_bytes)
+            names = plan.names
+        except CheckpointError as error:
+            fault = str(error)
+    names, fault = _from_first(world, (names, fault))
+    if fault is None:
+        if plan is not None:
+            fault = _write(plan, read, iter(names), folder)
+        else:
+            for name in names:
+                read(name)
+        fault = _from_first(world, fault)
+    if fault is not None:
+        raise CheckpointError(fault)
 
 
-def _copy_others(source: Path, folder: Path) -> None:
-    """Tokenizer, processor and template files, licence, code: whatever else the input folder holds, as it is."""
-    for file in sorted(source.rglob("*")):
-        place = file.relative_to(source)
-        hidden = any(part.startswith(".") for part in place.parts)
-        weights = file.suffix in _WEIGHTS or file.name.endswith(".index.json")
-        if file.is_file() and not hidden and not weights and not (folder / place).exists():
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, folder / place)
+def _write(plan: FolderPlan, read: ReadValue, names: Iterator[str], folder: Path) -> str | None:
+    """What went wrong, if anything did; the others' parameters are then received all the same, so that none of them waits."""
+
+    def next_value(name: str) -> Tensor | None:
+        return read(next(names))
+
+    try:
+        write_folder(plan, next_value, folder, replace=True)
+    except CheckpointError as error:
+        for name in names:
+            read(name)
+        return str(error)
+    return None
 
 
-def _fill_untrained(stock: PreTrainedModel, config: PreTrainedConfig, run: RunConfig) -> None:
-    """Stored buffers, and parameters of encoders that the run has no module for, are as they were at the start."""
-    kept = stock.state_dict().keys()
-    stored = {name for name, _ in stock.named_buffers() if name in kept}
-    unheld = {name for name, parameter in stock.named_parameters() if parameter.is_meta}
-    if not stored | unheld:
-        return
-    materialise(stock, torch.device("cpu"))
-    tensors: dict[str, torch.Tensor] = {**dict(stock.named_buffers()), **dict(stock.named_parameters())}
-    targets = {name: tensors[name] for name in stored | unheld}
-    blueprint = blueprint_of(config, STORED[run.dtype])
-    if run.weights == "seeded":
-        fill_seeded(targets, blueprint, run.seed)
-    else:
-        fill_pretrained(targets, blueprint, run.model)
+def _from_first(world: World, value: Agreed) -> Agreed:
+    """Rank 0's value; a collective over all ranks."""
+    values = [value]
+    if world.size > 1:
+        dist.broadcast_object_list(values, src=0, group=world.data_group)
+    return values[0]

@@ -24,10 +24,12 @@ _PROCESSOR = (
     "*.model",
 )
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_BESIDE = ("LICENSE*", "NOTICE*")
+"""What a trained model must take along."""
 FILES: dict[Need, tuple[str, ...]] = {
     "config": _CONFIG,
     "processor": (*_CONFIG, *_PROCESSOR),
-    "weights": (*_CONFIG, *_PROCESSOR, *_WEIGHTS),
+    "weights": (*_CONFIG, *_PROCESSOR, *_WEIGHTS, *_BESIDE),
 }
 """Patterns of the names of files at the top of a repository."""
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -1,107 +1,105 @@
-"""How is one parameter read from safetensors, slice by slice, where the file holds it otherwise than the model does?
+"""In which forms does a file hold a parameter? Each is read slice by slice, and taken apart again as it was.
 
-Each class here looks like a slice of safetensors: a shape, and an index that reads no more than was asked for.
+What is opened here looks like a slice of safetensors: a shape, and an index that reads no more than was asked for.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, Transpose
 
 from meshweave.errors import CheckpointError
 
-Place = tuple[Path, str]
-"""A file, and a key in it."""
+Open = Callable[[str], Any]
+"""Key to a slice of its tensor."""
 
-Open = Callable[[Place], Any]
-"""To a slice of the tensor at a place."""
+
+@dataclass(frozen=True)
+class AsIs:
+    """One tensor, as the model holds it."""
+
+    key: str
+
+    @property
+    def keys(self) -> list[str]:
+        """Of the tensors it is stored as."""
+        return [self.key]
+
+    def opened(self, open_key: Open, shape: tuple[int, ...]) -> Any:
+        """A slice of the parameter, whose shape is to be `shape`."""
+        return open_key(self.key)
+
+    def apart(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Key and tensor of what the whole parameter is stored as."""
+        yield self.key, value
+
+
+@dataclass(frozen=True)
+class Turned:
+    """One tensor of three dims, the last two exchanged."""
+
+    key: str
+
+    @property
+    def keys(self) -> list[str]:
+        """Of the tensors it is stored as."""
+        return [self.key]
+
+    def opened(self, open_key: Open, shape: tuple[int, ...]) -> Any:
+        """A slice in the model's order of dims."""
+        return _Transposed(open_key(self.key))
+
+    def apart(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Key and tensor of what the whole parameter is stored as."""
+        yield self.key, value.transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class OneByOne:
     """Experts stored matrix by matrix, of which the model makes one parameter `[experts, pieces · rows, columns]`."""
 
-    pieces: tuple[Mapping[int, Place], ...]
+    pieces: tuple[Mapping[int, str], ...]
     """Piece (a gate, a projection up) to expert to its matrix."""
 
-    def opened(self, open_place: Open, shape: tuple[int, ...]) -> "_Stacked":
+    @property
+    def keys(self) -> list[str]:
+        """Of every matrix."""
+        return [key for piece in self.pieces for key in piece.values()]
+
+    def opened(self, open_key: Open, shape: tuple[int, ...]) -> "_Stacked":
         """Raises CheckpointError: an expert is missing, or a matrix has another shape than the model's."""
         experts = range(shape[0])
-        first = next(iter(self.pieces[0].values()))
         for number, piece in enumerate(self.pieces):
             lost = sorted(set(experts) - set(piece))
             if lost or len(piece) > len(experts):
                 raise CheckpointError(
-                    f"{first[0]}: of the {shape[0]} experts around {first[1]}, piece {number} is there for {len(piece)}, "
+                    f"of the {shape[0]} experts around {self.keys[0]}, piece {number} is there for {len(piece)}, "
                     f"{'without number ' + str(lost[0]) if lost else 'which is too many'}"
                 )
-        return _Stacked([[open_place(piece[expert]) for piece in self.pieces] for expert in experts])
+        return _Stacked([[open_key(piece[expert]) for piece in self.pieces] for expert in experts])
 
-    def places(self) -> list[Place]:
-        """Every matrix."""
-        return [place for piece in self.pieces for place in piece.values()]
-
-
-@dataclass(frozen=True)
-class Turned:
-    """A parameter of three dims, stored with the last two exchanged, unless the stored shape is the model's already."""
-
-    place: Place
-
-    def opened(self, open_place: Open, shape: tuple[int, ...]) -> Any:
-        """A slice in the model's order of dims."""
-        found = open_place(self.place)
-        return found if tuple(found.get_shape()) == shape else _Transposed(found)
-
-    def places(self) -> list[Place]:
-        """The one tensor."""
-        return [self.place]
+    def apart(self, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Key and tensor of what the whole parameter is stored as."""
+        for number, piece in enumerate(self.pieces):
+            for expert, key in piece.items():
+                yield key, value[expert].chunk(len(self.pieces))[number]
 
 
-Converted = OneByOne | Turned
+Form = AsIs | Turned | OneByOne
 
 _MERGED = (MergeModulelist, {"dim": 0})
 _ONE_BY_ONE = ([_MERGED], [_MERGED, (Concatenate, {"dim": 1, "num_shards_attribute": None})])
 _TURNED = [(Transpose, {"dim0": 1, "dim1": 2, "check_dims": True})]
-"""What transformers does to the two forms above: classes of its steps, and their options."""
+"""What transformers does to the two latter forms: classes of its steps, and their options."""
 
 
-def converted(converters: Sequence[WeightConverter], found: Mapping[str, list[tuple[str, Place]]]) -> dict[str, Converted]:
-    """Parameter name to how it is read, for those that a checkpoint stores in another form.
-
-    Args:
-        converters: transformers' own, for the model.
-        found: parameter name to (source pattern of the converter, place) of each of its tensors.
-
-    Raises:
-        CheckpointError: a conversion of another kind.
-    """
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    made: dict[str, Converted] = {}
-    for name, parts in found.items():
-        (_, (file, key)), converter = parts[0], by_pattern[parts[0][0]]
-        steps = [(type(operation), vars(operation)) for operation in converter.operations]
-        if steps in _ONE_BY_ONE:
-            pieces: list[dict[int, Place]] = [{} for _ in converter.source_patterns]
-            for pattern, place in parts:
-                number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), place[1])
-                if number is None:
-                    raise CheckpointError(f"{file}: {place[1]} names no expert, though it is one of {name}")
-                pieces[converter.source_patterns.index(pattern)][int(number[1])] = place
-            made[name] = OneByOne(tuple(pieces))
-        elif steps == _TURNED:
-            made[name] = Turned((file, key))
-        else:
-            names = ", ".join(kind.__name__ for kind, _ in steps)
-            raise CheckpointError(
-                f"{file}: {key} needs a conversion that is not built yet ({names}); save the model anew in its own form"
-            )
-    return made
+def kind_of(steps: Sequence[ConversionOps]) -> type[Turned] | type[OneByOne] | None:
+    """The form that these steps of transformers make a parameter of; None where it is another one."""
+    known = [(type(step), vars(step)) for step in steps]
+    return OneByOne if known in _ONE_BY_ONE else Turned if known == _TURNED else None
 
 
 class _Stacked:

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -10,22 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.distributed.sharding_utils import DtensorShardOperation
 
 from meshweave.errors import CheckpointError
-from meshweave.model.stored import Converted, Place, converted
+from meshweave.model.names import StoredModel, Tensors, stored_model
+
+_ROWS = 4096
+"""Of a matrix, read at a time."""
 
 Read = Callable[[Tensor], Tensor]
 """Given a target, returns the values of its local part."""
-
-Sources = Mapping[str, Place | Converted]
-"""Parameter name to where, or how, it is read."""
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:
@@ -70,32 +67,48 @@ def fill_pretrained(targets: Mapping[str, Tensor], blueprint: PreTrainedModel, f
     Arguments as for `fill_seeded`.
 
     Raises:
-        CheckpointError: no safetensors in the folder, a parameter is missing, has another shape, or the checkpoint needs a
-            conversion other than those of `model/stored.py`.
+        CheckpointError: as `stored_model`; a parameter is missing, or has another shape.
     """
-    sources = _checkpoint_sources(blueprint, folder)
+    stored = stored_model(blueprint, folder)
     for name, unit in _units(blueprint, ""):
         if not any(key.startswith(f"{name}.") for key in targets):
             continue
         for key, value in _initialised(blueprint, unit, name, None).items():
             if key in targets:
                 _fill(targets[key], partial(local_part, full=value))
-    stored = [(key, buffer) for key, buffer in blueprint.named_buffers() if key in sources]
-    for key, value in (*blueprint.named_parameters(), *stored):
+    buffers = [(key, buffer) for key, buffer in blueprint.named_buffers() if key in stored.forms]
+    for key, value in (*blueprint.named_parameters(), *buffers):
         if key in targets:
-            _fill(targets[key], _reader(sources, key, tuple(value.shape), folder))
+            _fill(targets[key], _reader(stored, key, tuple(value.shape)))
 
 
 def check_weights(blueprint: PreTrainedModel, folder: Path) -> None:
-    """Checks names and shapes of a model folder's safetensors against the model, reading headers only.
+    """Checks names and shapes of a model folder's safetensors against the model, reading headers only, and that tensors which the
+    config ties are the same where the folder holds both.
 
     Raises:
-        CheckpointError: as `fill_pretrained`.
+        CheckpointError: as `fill_pretrained`; tied tensors differ.
     """
-    sources = _checkpoint_sources(blueprint, folder)
+    stored = stored_model(blueprint, folder)
     for key, parameter in blueprint.named_parameters():
-        with ExitStack() as files:
-            _opened(files, sources, key, tuple(parameter.shape), folder)
+        with _Files(stored.tensors) as files:
+            _opened(files, stored, key, tuple(parameter.shape))
+    for key, first in stored.first.items():
+        if key != first and {key, first} <= stored.forms.keys() and not _same(stored, key, first):
+            raise CheckpointError(
+                f"{folder}: its config.json ties {key} to {first}, but the two differ in its safetensors; set "
+                "tie_word_embeddings: false there"
+            )
+
+
+def _same(stored: StoredModel, *names: str) -> bool:
+    """Whether two tensors that lie as the model holds them are the same, some rows at a time."""
+    with _Files(stored.tensors) as files:
+        one, other = (files.slice_of(stored.forms[name].keys[0]) for name in names)
+        rows = range(0, one.get_shape()[0], _ROWS)
+        return one.get_shape() == other.get_shape() and all(
+            torch.equal(one[row : row + _ROWS], other[row : row + _ROWS]) for row in rows
+        )
 
 
 def local_part(target: Tensor, full: Any) -> Tensor:
@@ -168,62 +181,38 @@ def _owner(blueprint: PreTrainedModel, name: str) -> PreTrainedModel:
     return blueprint
 
 
-def _checkpoint_sources(blueprint: PreTrainedModel, folder: Path) -> Sources:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: no *.safetensors file; use `weights: seeded` to start from random weights")
-    mapping = get_model_conversion_mapping(blueprint)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    expected = blueprint.state_dict()
-    sources: dict[str, Place | Converted] = {}
-    others: dict[str, list[tuple[str, Place]]] = {}
-    for file in files:
-        if not file.exists():
-            raise CheckpointError(f"{file}: named in {index.name}, but missing")
-        try:
-            with safe_open(file, framework="pt") as handle:
-                keys = list(handle.keys())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: not readable as safetensors ({error})") from error
-        for key in keys:
-            renamed, pattern = rename_source_key(key, renamings, converters, blueprint.base_model_prefix, expected)
-            if pattern is not None and renamed in expected:
-                others.setdefault(renamed, []).append((pattern, (file, key)))
-            else:
-                sources[renamed] = (file, key)
-    return sources | converted(converters, others)
+class _Files(ExitStack):
+    """Files that are open until it is left. State: their handles."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__()
+        self.tensors = tensors
+        self.handles: dict[Path, Any] = {}
+
+    def slice_of(self, key: str) -> Any:
+        """A slice of safetensors, of which nothing is read yet."""
+        file = self.tensors.files[key]
+        if file not in self.handles:
+            self.handles[file] = self.enter_context(safe_open(file, framework="pt"))
+        return self.handles[file].get_slice(key)
 
 
-def _opened(files: ExitStack, sources: Sources, name: str, shape: tuple[int, ...], folder: Path) -> Any:
-    """A slice of the whole parameter; `files` closes what was opened for it."""
-    if name not in sources:
-        raise CheckpointError(f"{folder}: no tensor for {name} (shape {shape}) in its safetensors")
-    handles: dict[Path, Any] = {}
-
-    def open_place(place: Place) -> Any:
-        file, key = place
-        if file not in handles:
-            handles[file] = files.enter_context(safe_open(file, framework="pt"))
-        return handles[file].get_slice(key)
-
-    source = sources[name]
-    if isinstance(source, tuple):
-        (file, key), found = source, open_place(source)
-    else:
-        (file, key), found = source.places()[0], source.opened(open_place, shape)
+def _opened(files: _Files, stored: StoredModel, name: str, shape: tuple[int, ...]) -> Any:
+    """A slice of the whole parameter."""
+    form = stored.form_of(name, shape)
+    file = stored.tensors.files[form.keys[0]]
+    try:
+        found = form.opened(files.slice_of, shape)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
     if tuple(found.get_shape()) != shape:
-        raise CheckpointError(f"{file}: {key} has shape {tuple(found.get_shape())}, the model's config says {shape}")
+        raise CheckpointError(f"{file}: {form.keys[0]} has shape {tuple(found.get_shape())}, the model's config says {shape}")
     return found
 
 
-def _reader(sources: Sources, name: str, shape: tuple[int, ...], folder: Path) -> Read:
+def _reader(stored: StoredModel, name: str, shape: tuple[int, ...]) -> Read:
     def read(target: Tensor) -> Tensor:
-        with ExitStack() as files:
-            return local_part(target, _opened(files, sources, name, shape, folder))
+        with _Files(stored.tensors) as files:
+            return local_part(target, _opened(files, stored, name, shape))
 
     return read

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from meshweave.checkpoint.folder import PARTIAL
 from meshweave.checkpoint.manifest import (
     CHECKPOINTS,
     MANIFEST,
@@ -158,7 +159,7 @@ def _lock(folder: Path) -> int:
 
 
 def _clear(folder: Path) -> None:
-    for name in (TENSORBOARD, MODEL, CHECKPOINTS):
+    for name in (TENSORBOARD, MODEL, f"{MODEL}{PARTIAL}", CHECKPOINTS):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (METRICS, CURVE, DIVERGED, MEASURED_PICTURE, MEASURED_TRACE):
         (folder / name).unlink(missing_ok=True)
