@@ -4,16 +4,19 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from meshweave.config import LANGUAGE, RunConfig
@@ -21,6 +24,7 @@ from meshweave.errors import ConfigError, MeshweaveError, RankError, StoppedErro
 from meshweave.layout import Placement, placements
 from meshweave.local_ranks import run_local_ranks
 from meshweave.parallel.mesh import build_expert_meshes, build_meshes
+from meshweave.rendezvous import meet
 from meshweave.schedule.runtime import lost_ranks_named
 from meshweave.signals import StopRequest, listening
 
@@ -89,6 +93,7 @@ def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result
         if "TORCHELASTIC_RUN_ID" in os.environ:
             # torchrun that is killed leaves its ranks at work: on Linux they are then asked to stop.
             _prctl_pr_set_pdeathsig(signal.SIGTERM)
+            threading.Thread(target=_end_with_launcher, args=(run.preemption_seconds,), daemon=True).start()
         try:
             result = _alone(run, work, rank, int(os.environ.get("LOCAL_RANK", rank)), "env://")
         except StoppedError:
@@ -115,6 +120,15 @@ def launch(run: RunConfig, work: Callable[[World, RunConfig], Result]) -> Result
         return run_local_ranks(run.world_size, body, Path(folder), "spawn" if gpus else "fork", run.preemption_seconds)
 
 
+def _end_with_launcher(grace_seconds: float) -> None:
+    """A thread's work: who waits for another rank hears no request to stop, and must not hold its device, and the folder."""
+    launcher = os.getppid()
+    while os.getppid() == launcher:
+        time.sleep(1.0)
+    time.sleep(grace_seconds)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _alone(run: RunConfig, work: Callable[[World, RunConfig], Result], rank: int, local_rank: int, init_method: str) -> Result:
     """In this process, which gets its signals from outside."""
     stop = StopRequest()
@@ -139,15 +153,16 @@ def _with_process_group(
     if cuda:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=run.timeout_seconds)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        init_method=init_method,
-        rank=rank,
-        world_size=run.world_size,
-        timeout=timeout,
-        # NCCL's communicator must exist before the boundary's first exchange, which not every rank takes part in.
-        device_id=device if cuda else None,
-    )
+    with lost_ranks_named(rank, run.timeout_seconds, "meeting the other ranks"):
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            **_meeting_place(run, rank, init_method),
+            rank=rank,
+            world_size=run.world_size,
+            timeout=timeout,
+            # NCCL's communicator must exist before the boundary's first exchange, which not every rank takes part in.
+            device_id=device if cuda else None,
+        )
     try:
         where = placements(run)
         meshes, expert_meshes = build_meshes(where, device.type), build_expert_meshes(where, device.type)
@@ -166,6 +181,14 @@ def _with_process_group(
         return result
     finally:
         dist.destroy_process_group()
+
+
+def _meeting_place(run: RunConfig, rank: int, init_method: str) -> dict[str, Any]:
+    """Where the ranks find each other, as arguments for torch."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or init_method != "env://":
+        return {"init_method": init_method}
+    store, _, _ = next(rendezvous(init_method, timeout=timedelta(seconds=run.timeout_seconds)))
+    return {"store": meet(store, rank, run.world_size, run.timeout_seconds)}
 
 
 def _join_slurm() -> None:
