@@ -1,7 +1,9 @@
 """What does a rank read for a step? The pixels it encodes and the text it embeds, by one shared plan."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -63,6 +65,8 @@ class LocalStep:
     """Encoder → pass → this rank's lane; None on ranks outside the encoder, and where the lane has nothing to do."""
     crossings: Mapping[tuple[str, int], TransferPlan]
     """(encoder, microbatch) → who sends its media tokens to whom, where the microbatch has any."""
+    seconds: float = field(default=0.0, compare=False)
+    """What this rank took to prepare it, without waits for the others."""
 
     @property
     def skipped(self) -> int:
@@ -113,7 +117,7 @@ class Loader:
         max_skipped: the share of unreadable samples from which "skip" stops, too.
         drop_last: leave out what is over after the last full batch of an epoch.
 
-    State: the faults met so far, and one epoch's order.
+    State: the faults met so far, one epoch's order, and the seconds that it has waited for other ranks.
     Raises `DataError` if the dataset is smaller than one batch, and from `step` if too little can be read; `LayoutError` from
     `step` where samples do not fit into the token budget of their slots.
     """
@@ -149,6 +153,7 @@ class Loader:
         self.log = FaultLog(on_error == "stop", max_skipped, named=self.rank == 0)
         self.steps_per_epoch = len(dataset) // batch_size if drop_last else -(-len(dataset) // batch_size)
         self._order: tuple[int, np.ndarray] | None = None
+        self._waited = 0.0
 
     def steps(self, start: int, stop: int, *, prefetch: bool = True) -> Generator[LocalStep, None, None]:
         """Steps `start` … `stop` - 1; with `prefetch`, a thread prepares the one after the caller's. Whoever stops early, on all
@@ -166,6 +171,7 @@ class Loader:
 
     def step(self, number: int) -> LocalStep:
         """This rank's part of step `number`. A collective call if there is a group."""
+        started, waited = time.perf_counter(), self._waited
         samples = self.sample_ids(number)
         metas, bad = self._agreed_metas(samples)
         reader = _Reader(self.dataset)
@@ -179,7 +185,9 @@ class Loader:
             failed = self._agreed_failures({sample: why for sample, why in reader.failed.items() if sample not in bad})
             if not failed:
                 self.log.count(len(samples), bad)
-                return LocalStep(plan, bad, language, media, self._crossings(plan, grids))
+                crossings = self._crossings(plan, grids)
+                seconds = time.perf_counter() - started - (self._waited - waited)
+                return LocalStep(plan, bad, language, media, crossings, seconds)
             bad |= failed
 
     def plan(self, number: int) -> StepPlan:
@@ -229,13 +237,21 @@ class Loader:
         if self.group is None:
             return failed
         any_failed = torch.tensor(len(failed))
-        dist.all_reduce(any_failed, group=self.group)
+        with self._waiting():
+            dist.all_reduce(any_failed, group=self.group)
         return _union(self._gathered(failed)) if any_failed else {}
 
     def _gathered(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self.group)
+        with self._waiting():
+            dist.all_gather_object(values, value, group=self.group)
         return values
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
 
     def _crossings(self, plan: StepPlan, grids: Sequence[Sequence[LaneGrid]]) -> dict[tuple[str, int], TransferPlan]:
         if self.crossing is None:

@@ -4,7 +4,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
@@ -16,6 +16,7 @@ from meshweave.errors import MeshweaveError, RankError
 from meshweave.schedule.actions import COMPUTE, Action, Kind
 from meshweave.schedule.schedule import Schedule, needs
 from meshweave.schedule.simulate import Span
+from meshweave.schedule.waits import Waits
 
 Message = tuple[int, Tensor]
 """The rank at the other end, and what is sent or where it goes."""
@@ -68,6 +69,8 @@ class Place:
     timeout_seconds: float
     in_order: bool
     """Whether messages are posted in the order of the list: NCCL's queue on a stream, and that order is the proven one."""
+    waits: Waits = field(default_factory=Waits)
+    """Gets what the rank waits for others."""
 
 
 @dataclass
@@ -101,7 +104,9 @@ def execute(place: Place, worker: Worker, clocked: list[Span] | None = None) -> 
             if action.kind in COMPUTE:
                 _await_inputs(place, mail, program, action)
             started = time.perf_counter()
-            with _named(place, action):
+            # The sums over ranks that a list has are waits above all.
+            waits = nullcontext() if action.kind in COMPUTE else place.waits.clocked()
+            with _named(place, action), waits:
                 worker.compute(action)
                 if clocked is not None:
                     worker.finish()
@@ -171,10 +176,11 @@ def _await_send(place: Place, mail: _Mail) -> None:
 def _await(place: Place, work: dist.Work, what: str) -> None:
     started = time.monotonic()
     try:
-        if place.in_order:
-            work.wait()  # of the stream, not of this process
-        else:
-            work.wait(timedelta(seconds=place.timeout_seconds))
+        with place.waits.clocked():
+            if place.in_order:
+                work.wait()  # of the stream, not of this process
+            else:
+                work.wait(timedelta(seconds=place.timeout_seconds))
     except RuntimeError as error:
         waited = time.monotonic() - started
         how = f"{waited:.0f} s in vain" if waited > 0.9 * place.timeout_seconds else "until the connection broke"

@@ -15,6 +15,7 @@ from meshweave.parallel.build import LocalModel
 from meshweave.schedule.runtime import Place, execute, lost_ranks_named
 from meshweave.schedule.schedule import Schedule
 from meshweave.schedule.simulate import Span
+from meshweave.schedule.waits import Waits
 from meshweave.step.gradients import scale_gradients, squared_norm, sum_partial_gradients, sum_tied_gradients
 from meshweave.step.worker import StepWorker, Travel
 from meshweave.world import World
@@ -74,21 +75,26 @@ def run_step(
     clocked: list[Span] | None = None,
     *,
     save_due: bool = False,
+    waits: Waits | None = None,
 ) -> Totals:
     """Works a step as the schedule says and leaves summed gradients on the parameters, where the schedule has any backward.
 
     Args:
         clocked: gets the span of every computation of this rank, if given.
         save_due: whether this rank's clock says that it is time for a checkpoint: one clock goes first, and all follow it.
+        waits: gets what this rank waits for others, if given.
 
     Raises:
         RankError: a peer hangs or is gone.
     """
     worker = StepWorker(model, step, world, schedule, travel)
-    execute(Place(schedule, world.rank, world.timeout_seconds, world.device.type == "cuda"), worker, clocked)
+    in_order = world.device.type == "cuda"
+    waits = Waits(in_order) if waits is None else waits
+    execute(Place(schedule, world.rank, world.timeout_seconds, in_order, waits), worker, clocked)
     backward = schedule.work.modules[LANGUAGE].backward
     norms = torch.zeros(len(world.placements), dtype=torch.float64, device=world.device)
-    with lost_ranks_named(world.rank, world.timeout_seconds, "sums over all ranks after the step's last action"):
+    last = lost_ranks_named(world.rank, world.timeout_seconds, "sums over all ranks after the step's last action")
+    with last, waits.clocked():
         for index, (name, placement) in enumerate(world.placements.items() if backward else ()):
             if name in model.modules:
                 sum_partial_gradients(model.modules[name], world.meshes[name])

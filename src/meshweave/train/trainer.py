@@ -30,6 +30,7 @@ from meshweave.parallel.build import build_model
 from meshweave.report.curves import draw_loss_curve
 from meshweave.report.summary import Crossing, Summary
 from meshweave.schedule.simulate import Timeline
+from meshweave.schedule.waits import Waits
 from meshweave.step.loading import build_loader
 from meshweave.step.run import finish_gradients, run_step, stopped
 from meshweave.step.schedules import agreed_schedule
@@ -40,6 +41,7 @@ from meshweave.train.evaluation import Evaluation, evaluate
 from meshweave.train.metrics import METRICS, TENSORBOARD, MetricsLog
 from meshweave.train.optimizer import build_optimizer, build_schedule, peak_rate, rate_factor
 from meshweave.train.output import CURVE, MODEL, START, Start, claimed
+from meshweave.train.stragglers import Pace, Stragglers
 from meshweave.train.tally import Tally
 from meshweave.world import World
 
@@ -74,6 +76,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
     tally = Tally()
     measured: Timeline | None = None
     diverged: list[dict[str, Any]] = []
+    stragglers = Stragglers(world)
     said = logger.warning if world.rank == 0 else logger.debug
     with ExitStack() as stack:
         checkpoint = stack.enter_context(claimed(world, run, start))
@@ -89,13 +92,14 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
         saver = stack.enter_context(closing(Saver(world, run, len(training)))) if run.train.checkpoint is not None else None
         progress = stack.enter_context(_progress(world, last))
         task = progress.add_task("training", total=last, completed=done, shown="")
-        started = time.perf_counter()
+        started = asked = time.perf_counter()
         world.stop.reached(done)
         steps = loader.steps(done, last)
         for number, step in enumerate(steps, done):
+            began, waits = time.perf_counter(), Waits(world.device.type == "cuda")
             clock = start_clock(world) if trace and number == min(done + TRACED_STEP, last - 1) else None
             overdue = saver is not None and saver.is_overdue()
-            totals = run_step(model, step, world, schedule, travel, clock.spans if clock else None, save_due=overdue)
+            totals = run_step(model, step, world, schedule, travel, clock.spans if clock else None, save_due=overdue, waits=waits)
             if clock is not None:
                 measured = measured_timeline(world, clock)
             updated = finish_gradients(model, totals, run.train.max_grad_norm)
@@ -115,6 +119,8 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
             now = time.perf_counter()
+            waited = waits.seconds()
+            stragglers.add(Pace(now - began - waited, step.seconds, began - asked, waited))
             record = {
                 "step": number,
                 "loss": totals.loss,
@@ -133,6 +139,8 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             }
             if totals.load:
                 record |= {"router_aux_loss": totals.router_aux_loss, "expert_imbalance": totals.imbalance}
+            if (number + 1) % run.train.log_every == 0:
+                record |= stragglers.gathered()
             tally.add(record, step.faults, run.train.batch_size)
             if log is not None:
                 log.add(record)
@@ -156,6 +164,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
                 if saver is not None:
                     saver.close()
                 raise stopped(world)
+            asked = time.perf_counter()
         if not tally.updated:
             counted = ", ".join(f"{count} × {kind}" for kind, count in tally.faults.most_common()) or "no sample has a target"
             raise DataError(f"nothing was trained, so no model is written: no step had anything to learn from ({counted})")
