@@ -20,15 +20,15 @@ def meet(store: Store, rank: int, size: int, timeout_seconds: float) -> Store:
     """
     if rank:
         mine = uuid4().hex
-        store.append(_HELLO, f"{mine} ")
+        _append(store, _HELLO, f"{mine} ")
         generation = store.get(f"{_ANSWERS}/{mine}").decode()
-        store.append(f"{_CAME}/{generation}", f"{rank} ")
+        _append(store, f"{_CAME}/{generation}", f"{rank} ")
         return PrefixStore(generation, store)
     generation, answered = uuid4().hex, 0
     deadline = time.monotonic() + timeout_seconds
     # A key that is not there yet would be waited for.
-    store.append(_HELLO, " ")
-    store.append(f"{_CAME}/{generation}", " ")
+    _append(store, _HELLO, " ")
+    _append(store, f"{_CAME}/{generation}", " ")
     while len(came := set(store.get(f"{_CAME}/{generation}").split())) < size - 1:
         if time.monotonic() > deadline:
             raise RuntimeError(f"{size - 1 - len(came)} of {size} ranks did not come: timed out")
@@ -38,3 +38,7 @@ def meet(store: Store, rank: int, size: int, timeout_seconds: float) -> Store:
         answered = len(asked)
         time.sleep(_POLL_SECONDS)
     return PrefixStore(generation, store)
+
+
+def _append(store: Store, key: str, text: str) -> None:
+    store.append(key, text)  # type: ignore[attr-defined]  # torch's stubs lack it
