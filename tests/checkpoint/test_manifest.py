@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from meshweave.checkpoint.disk import write_durably
 from meshweave.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -20,7 +21,6 @@ from meshweave.checkpoint.manifest import (
     newest_whole,
     prune,
     read_manifest,
-    write_durably,
 )
 from meshweave.errors import CheckpointError
 

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
+from meshweave.checkpoint.disk import write_durably
 from meshweave.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -23,7 +24,6 @@ from meshweave.checkpoint.manifest import (
     newest_whole,
     prune,
     remove,
-    write_durably,
 )
 from meshweave.checkpoint.pieces import Piece
 from meshweave.checkpoint.storage import SavePieces, Writer
