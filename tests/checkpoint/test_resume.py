@@ -1,10 +1,15 @@
-"""A run goes on from a checkpoint as if it had never stopped: bit for bit in its own layout, to rounding in any other."""
+"""A run goes on from a checkpoint as if it had never stopped: bit for bit in its own layout, to rounding in any other.
+
+`MESHWEAVE_SEEDS=7 pytest tests/checkpoint/test_resume.py` hands the run from layout to layout in another order.
+"""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -90,7 +95,6 @@ def test_the_same_layout_goes_on_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(weights(broken.output)[name], value), name
 
 
-ONE = both(module("0"), module("0"))
 DENSE = [
     both(module("0-1", dp=2), module("0-1", tp=2)),
     both(module("0-2", dp=3), module("3-6", dp=2, tp=2)),
@@ -127,16 +131,25 @@ CHAINS: dict[str, tuple[PreTrainedConfig, list[dict[str, Any]]]] = {
     "two towers": (two_towers(), TOWERS),
 }
 RANKS = 8
+SEED = int(os.environ.get("MESHWEAVE_SEEDS", "0"))
+"""Draws the order of a chain, so which layout follows which, and which pipelines have a zero-bubble schedule."""
 
 
 @pytest.mark.parametrize("chain", CHAINS)
 def test_a_run_that_changes_its_layout_at_every_step_equals_one_that_never_does(chain: str, tmp_path: Path) -> None:
     config, layouts = CHAINS[chain]
+    draw = Random(SEED)
+    layouts = draw.sample(layouts, len(layouts))
     model = write_model_folder(config, tmp_path / "model")
     frozen = {"frozen": ["layers.0."]}
-    modules = [{name: its | (frozen if name == "vision" else {}) for name, its in layout.items()} for layout in layouts]
-    runs = [run_of(model, tmp_path / "out", its, train={"batch_size": 10}, idle_ranks=idle(its)) for its in modules]
-    first = {name: module("0", **frozen if name == "vision" else {}) for name in modules[0]}
+    runs = []
+    for layout in layouts:
+        modules = {name: its | (frozen if name == "vision" else {}) for name, its in layout.items()}
+        zero_bubble = layout["language"].get("pp", 1) > 1 and draw.random() < 0.5
+        schedule = {"language": "zero_bubble"} if zero_bubble else {}
+        train = {"batch_size": 10}
+        runs.append(run_of(model, tmp_path / "out", modules, train=train, schedule=schedule, idle_ranks=idle(layout)))
+    first = {name: module("0", **frozen if name == "vision" else {}) for name in layouts[0]}
     alone = run_of(model, tmp_path / "alone", first, train={"batch_size": 10})
     changing = launch(runs[0], partial(hop, runs=runs))
     steady = launch(alone, partial(hop, runs=[alone] * len(runs)))

@@ -268,3 +268,15 @@ def test_a_run_may_go_without(model: Path, tmp_path: Path) -> None:
     run = run_of(model, tmp_path / "out", train={"steps": 2, "batch_size": 3, "checkpoint": None})
     trained(run)
     assert not (run.output / "checkpoints").exists()
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_found_before_the_first_step(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(model, tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))  # type: ignore[attr-defined]
+    with pytest.raises(
+        ConfigError, match=r"output: .*out' cannot be written \(\S+ GB are needed, 1e-06 GB are free on the disk of"
+    ):
+        trained(run)
+    assert not (run.output / "metrics.jsonl").exists()

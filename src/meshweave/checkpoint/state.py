@@ -7,7 +7,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meshweave.checkpoint.pieces import Piece
+from meshweave.config import RunConfig
 from meshweave.errors import CheckpointError
+from meshweave.model.frozen import frozen_names
+from meshweave.model.modules import ModelGraph
 from meshweave.parallel.build import LocalModel
 from meshweave.world import World
 
@@ -19,6 +22,16 @@ _KINDS = ("step", "exp_avg", "exp_avg_sq")
 def parameter_key(name: str) -> str:
     """Of a parameter, in a checkpoint."""
     return f"{_MODEL}.{name}"
+
+
+def state_bytes(run: RunConfig, graph: ModelGraph) -> int:
+    """About what a checkpoint of the run takes on the disk: parameters, and AdamW's two moments of those that are trained."""
+    total = 0
+    for name, module in run.modules.items():
+        named = graph.parameters(name)
+        still = frozen_names(module, named)
+        total += sum(value.nbytes * (1 if key in still else 3) for key, value in named.items())
+    return total
 
 
 def held_state(model: LocalModel, optimizer: Optimizer, world: World) -> dict[str, Piece]:

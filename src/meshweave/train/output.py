@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from meshweave.checkpoint.disk import require_space
 from meshweave.checkpoint.folder import PARTIAL
 from meshweave.checkpoint.manifest import (
     CHECKPOINTS,
@@ -77,10 +78,13 @@ def check_output(run: RunConfig, start: Start) -> None:
 
 
 @contextmanager
-def claimed(world: World, run: RunConfig, start: Start) -> Iterator[Path | None]:
+def claimed(world: World, run: RunConfig, start: Start, needed: int = 0) -> Iterator[Path | None]:
     """Inside it the run folder is this run's alone; gives the checkpoint to go on from, if any. A collective over all ranks.
 
     The claim ends with rank 0's process, however that ends.
+
+    Args:
+        needed: bytes that the run will write at least.
 
     Raises:
         ConfigError: as `check_output`, and if another run has the folder; on all ranks alike.
@@ -95,10 +99,13 @@ def claimed(world: World, run: RunConfig, start: Start) -> Iterator[Path | None]
             said[1] = _checkpoint(run, start)
             if said[1] is None:
                 _clear(run.output)
+            require_space(run.output, needed)
         except MeshweaveError as error:
             said[0] = error
         except OSError as error:
-            said[0] = ConfigError(f"output: {str(run.output)!r} cannot be written ({error.strerror}); name another folder")
+            said[0] = ConfigError(
+                f"output: {str(run.output)!r} cannot be written ({error.strerror or error}); name another folder"
+            )
     if world.size > 1:
         dist.broadcast_object_list(said, src=0, group=world.data_group)
     try:

@@ -19,7 +19,7 @@ from meshweave.checkpoint.export import export_model
 from meshweave.checkpoint.load import check_sums_together, load_state, require_same_run
 from meshweave.checkpoint.manifest import read_manifest
 from meshweave.checkpoint.save import Saver
-from meshweave.checkpoint.state import held_state
+from meshweave.checkpoint.state import held_state, state_bytes
 from meshweave.config import LANGUAGE, RunConfig
 from meshweave.data.build import build_datasets
 from meshweave.errors import ConfigError, DataError
@@ -76,7 +76,8 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
     diverged: list[dict[str, Any]] = []
     said = logger.warning if world.rank == 0 else logger.debug
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(claimed(world, run, start))
+        needed = state_bytes(run, graph) if run.train.checkpoint is not None else 0
+        checkpoint = stack.enter_context(claimed(world, run, start, needed))
         if checkpoint is not None:
             shapes = {key: tuple(value.shape) for name in run.modules for key, value in graph.parameters(name).items()}
             tally = _checked(world, run, checkpoint, start, len(training))
