@@ -69,7 +69,7 @@ def check_output(run: RunConfig, start: Start) -> None:
         raise ConfigError(f"output: {str(run.output)!r} is a file; name a folder")
     if start.overwrite and (start.resume or (start.checkpoint and start.checkpoint.resolve().is_relative_to(folder))):
         raise ConfigError(
-            f"output: --overwrite removes what {str(run.output)!r} holds, and --resume would go on from there; leave one of them out"
+            f"output: --overwrite removes what {str(run.output)!r} holds, and --resume would go on from it; leave one of them out"
         )
     if start.overwrite or not any((folder / name).exists() for name in (METRICS, MODEL, CHECKPOINTS)):
         return
