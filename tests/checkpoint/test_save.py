@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from support.runs import module
 from torch import Tensor
 
-from meshweave.checkpoint import storage
+from meshweave.checkpoint import save, storage
 from meshweave.checkpoint.manifest import checkpoint_folder, checkpoint_folders, newest_whole, read_manifest
 from meshweave.checkpoint.pieces import Piece
 from meshweave.checkpoint.save import Saver
@@ -95,6 +95,29 @@ def test_a_save_that_fails_is_one_line_and_the_good_one_before_it_stays(
     assert not faults
     assert read_manifest(newest).progress == {"done": 3}
     assert set(Reader(newest).read_metadata().state_dict_metadata) == {"model.rows"}
+
+
+def test_what_a_failed_save_left_may_be_unremovable(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+
+    def work(world: World, run: RunConfig) -> None:
+        with Saver(world, run, samples=4) as saver:
+            saver.save(1, pieces(world, 1.0), {})
+
+    launch(run_of(tmp_path), work)
+    assert (tmp_path / "checkpoints").read_text() == "in the way"
+
+
+def test_the_names_of_folders_are_on_the_disk_before_a_checkpoint_counts(tmp_path: Path) -> None:
+    def work(world: World, run: RunConfig) -> list[tuple[Path, bool]]:
+        synced = []
+        with pytest.MonkeyPatch.context() as patch, Saver(world, run, samples=4) as saver:
+            patch.setattr(save, "sync_folder", lambda folder: synced.append((folder, newest_whole(run.output)[0] is not None)))
+            saver.save(1, pieces(world, 1.0), {})
+            saver.wait()
+        return synced
+
+    assert launch(run_of(tmp_path / "out"), work) == [(tmp_path / "out" / "checkpoints", False), (tmp_path / "out", False)]
 
 
 def test_saves_that_keep_failing_end_the_run(tmp_path: Path) -> None:

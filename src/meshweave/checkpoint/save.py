@@ -26,6 +26,7 @@ from meshweave.checkpoint.manifest import (
     newest_whole,
     prune,
     remove,
+    sync_folder,
     write_durably,
 )
 from meshweave.checkpoint.pieces import Piece
@@ -147,6 +148,9 @@ class Saver:
 
         def close(files: dict[str, StoredFile]) -> None:
             whole = manifest.model_copy(update={"files": files})
+            # The folder's own name first: it shall not be gone with all that is in it.
+            for above in (folder.parent, self.run.output):
+                sync_folder(above)
             write_durably(folder / MANIFEST, whole.model_dump_json(indent=1).encode())
 
         try:
