@@ -277,15 +277,21 @@ def test_a_run_that_is_another_one_is_refused_until_that_is_allowed(
     assert trained(run, allowed).steps == 6
 
 
-def test_rates_and_steps_may_change_and_that_is_said(
+def test_rates_steps_and_evaluation_may_change_and_that_is_said(
     model: Path, tmp_path: Path, unbroken: tuple[RunConfig, Summary], caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, _ = unbroken
     changed = whole.train.model_copy(update={"steps": 8, "lr": 5e-3})
-    run = run_of(model, tmp_path / "out").model_copy(update={"train": changed})
+    around = {"source": "synthetic", "samples": 12, "eval_samples": 3, "max_skipped": 0.2}
+    run = run_of(model, tmp_path / "out", data=around).model_copy(update={"train": changed})
     with caplog.at_level(logging.WARNING):
         trained(run, Start(checkpoint=checkpoint_folder(whole.output, 6)))
-    assert said(caplog)[1:] == ["changed since: train.lr: 0.01 → 0.005", "changed since: train.steps: 6 → 8"]
+    assert said(caplog)[1:] == [
+        "changed since: data.eval_samples: 2 → 3",
+        "changed since: data.max_skipped: 0.05 → 0.2",
+        "changed since: train.lr: 0.01 → 0.005",
+        "changed since: train.steps: 6 → 8",
+    ]
     assert [record["step"] for record in records(run)] == [6, 7]
     fewer = run.model_copy(update={"train": changed.model_copy(update={"steps": 5}), "output": tmp_path / "fewer"})
     with pytest.raises(ConfigError, match=r"train\.steps=5: .*step-6 is 6 steps old already"):
