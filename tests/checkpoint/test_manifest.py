@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from meshweave.checkpoint.disk import write_durably
 from meshweave.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -21,7 +22,6 @@ from meshweave.checkpoint.manifest import (
     newest_whole,
     prune,
     read_manifest,
-    write_durably,
 )
 from meshweave.errors import CheckpointError
 

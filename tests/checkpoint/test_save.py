@@ -112,7 +112,7 @@ def test_the_names_of_folders_are_on_the_disk_before_a_checkpoint_counts(tmp_pat
     def work(world: World, run: RunConfig) -> list[tuple[Path, bool]]:
         synced = []
         with pytest.MonkeyPatch.context() as patch, Saver(world, run, samples=4) as saver:
-            patch.setattr(save, "sync_folder", lambda folder: synced.append((folder, newest_whole(run.output)[0] is not None)))
+            patch.setattr(save, "sync", lambda folder: synced.append((folder, newest_whole(run.output)[0] is not None)))
             saver.save(1, pieces(world, 1.0), {})
             saver.wait()
         return synced

@@ -1,6 +1,5 @@
 """Which checkpoints does a run folder hold, and are they whole? Decided by looking at files; no ranks or torch needed."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -142,26 +141,6 @@ def remove(folder: Path) -> None:
     with suppress(OSError):
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_durably(file: Path, data: bytes) -> None:
-    """Writes a file that is either there whole, also after the machine went down, or not at all."""
-    draft = file.with_name(f".{file.name}")
-    with draft.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    draft.replace(file)
-    sync_folder(file.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checksum(data: bytes) -> str:

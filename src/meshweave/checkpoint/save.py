@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
+from meshweave.checkpoint.disk import sync, write_durably
 from meshweave.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -26,8 +27,6 @@ from meshweave.checkpoint.manifest import (
     newest_whole,
     prune,
     remove,
-    sync_folder,
-    write_durably,
 )
 from meshweave.checkpoint.pieces import Piece
 from meshweave.checkpoint.storage import SavePieces, Writer
@@ -150,7 +149,7 @@ class Saver:
             whole = manifest.model_copy(update={"files": files})
             # The folder's own name first: it shall not be gone with all that is in it.
             for above in (folder.parent, self.run.output):
-                sync_folder(above)
+                sync(above)
             write_durably(folder / MANIFEST, whole.model_dump_json(indent=1).encode())
 
         try:

@@ -16,6 +16,11 @@ _KINDS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of a parameter."""
 
 
+def parameter_key(name: str) -> str:
+    """Of a parameter, in a checkpoint."""
+    return f"{_MODEL}.{name}"
+
+
 def held_state(model: LocalModel, optimizer: Optimizer, world: World) -> dict[str, Piece]:
     """Key to this rank's piece of all that a checkpoint holds; the pieces' memory is the model's and the optimizer's own.
 
@@ -24,7 +29,7 @@ def held_state(model: LocalModel, optimizer: Optimizer, world: World) -> dict[st
     """
     state = {}
     for name, parameter in _parameters(model, copies=False).items():
-        state[f"{_MODEL}.{name}"] = Piece.of(parameter)
+        state[parameter_key(name)] = Piece.of(parameter)
         for kind, value in optimizer.state.get(parameter, {}).items():
             state[f"{_OPTIMIZER}.{kind}.{name}"] = Piece.of(value)
     return state | {f"{_RANDOM}.{key}": Piece.of(value) for key, value in _random_state(world).items()}
@@ -38,7 +43,7 @@ def wanted_state(model: LocalModel, optimizer: Optimizer, world: World, stored: 
     """
     wanted = {}
     for name, parameter in _parameters(model, copies=True).items():
-        wanted[f"{_MODEL}.{name}"] = Piece.of(parameter)
+        wanted[parameter_key(name)] = Piece.of(parameter)
         kinds = [kind for kind in _KINDS if f"{_OPTIMIZER}.{kind}.{name}" in stored]
         if kinds and parameter.requires_grad:
             optimizer.state[parameter] = {kind: _empty(kind, parameter) for kind in kinds}
