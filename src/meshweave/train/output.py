@@ -173,6 +173,9 @@ def _lock(folder: Path) -> int:
         owner = os.read(lock, 200).decode(errors="replace") or "another process"
         os.close(lock)
         raise ConfigError(f"output: a run is writing into {str(folder)!r} ({owner}); name another folder") from None
+    except OSError as error:
+        # Some network file systems know no locks.
+        logger.warning("%s: nothing keeps a second run out of it (%s)", folder, error.strerror)
     os.ftruncate(lock, 0)
     os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return lock
