@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from support.models import CONFIGS, EXPERT_CONFIGS, with_layers, write_model_folder
 from support.runs import module
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedConfig
 
-from meshweave.checkpoint.collect import gather_led, whole_values
+from meshweave.checkpoint.collect import gather, held_parameters
 from meshweave.checkpoint.load import load_state
 from meshweave.checkpoint.manifest import checkpoint_folder
 from meshweave.checkpoint.pieces import Piece
@@ -31,7 +30,6 @@ from meshweave.layout import placements
 from meshweave.model.blueprint import STORED, TRAVELS_AS, blueprint_of, read_model_config
 from meshweave.model.modules import graph_of, media_widths
 from meshweave.parallel.build import LocalModel, build_model
-from meshweave.parallel.gather import whole
 from meshweave.parallel.mesh import build_expert_meshes, build_meshes
 from meshweave.step.loading import build_loader
 from meshweave.step.run import finish_gradients, run_step
@@ -203,15 +201,9 @@ def hop(world: World, run: RunConfig, runs: Sequence[RunConfig]) -> tuple[list[f
 
 def state(model: LocalModel, optimizer: AdamW, world: World) -> dict[str, Tensor]:
     """Whole parameters and optimizer state, on rank 0."""
-    values = whole_values(model)
-    gathered = gather_led(model, world, values)
-    for kind in ("exp_avg", "exp_avg_sq", "step"):
-        held = {
-            name: whole(optimizer.state[parameter][kind])
-            for part in model.modules.values()
-            for name, parameter in part.parameters.items()
-            if parameter in optimizer.state
-        }
-        gathered |= {f"{kind} of {name}": value for name, value in gather_led(model, world, held).items()}
-    dist.barrier()
-    return gathered
+    tensors: dict[str, Tensor] = dict(held_parameters(model))
+    for name, parameter in held_parameters(model).items():
+        tensors |= {f"{kind} of {name}": value for kind, value in optimizer.state.get(parameter, {}).items()}
+    gathered = gather(world, tensors)
+    assert not any(gathered.drift.values())
+    return dict(gathered.values)

@@ -318,3 +318,16 @@ def test_a_flipped_bit_is_noticed_where_that_is_asked_for(model: Path, tmp_path:
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"step-2: damaged: rank-0-0\.safetensors is not what was written"):
         trained(run, AGAIN)
+
+
+def test_checkpoints_by_the_clock(model: Path, tmp_path: Path) -> None:
+    settings = {"every": None, "every_minutes": 1e-6, "keep": 2}
+    run = run_of(model, tmp_path / "out", train={"steps": 3, "batch_size": 3, "checkpoint": settings})
+    trained(run)
+    assert [folder.name for folder in checkpoint_folders(run.output)] == ["step-2", "step-3"]
+
+
+def test_a_run_may_go_without(model: Path, tmp_path: Path) -> None:
+    run = run_of(model, tmp_path / "out", train={"steps": 2, "batch_size": 3, "checkpoint": None})
+    trained(run)
+    assert not (run.output / "checkpoints").exists()
