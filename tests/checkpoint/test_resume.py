@@ -207,7 +207,7 @@ def hop(world: World, run: RunConfig, runs: Sequence[RunConfig]) -> tuple[list[f
         before = state(model, optimizer, world)
         saver = Saver(world, run, len(dataset))
         saver.save(number + 1, held_state(model, optimizer, world), {})
-        saver.close()
+        saver.wait()
     assert before is not None
     return found, before
 

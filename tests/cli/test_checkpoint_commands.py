@@ -54,6 +54,14 @@ def test_checkpoints_are_listed_shown_and_checked(output: Path, tmp_path: Path) 
     assert "holds no checkpoints" in text
 
 
+def test_a_save_that_is_under_way_is_not_what_is_shown(output: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(output, tmp_path / "copy"))
+    (copy / "checkpoints" / "step-2" / "manifest.json").unlink()
+    code, text = said("checkpoint", "show", copy)
+    assert code == 0
+    assert "step: 1" in text
+
+
 def test_a_damaged_one_is_named_by_list_and_check(output: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(output, tmp_path / "copy"))
     flipped = copy / "checkpoints" / "step-1" / "rank-0-0.safetensors"

@@ -2,11 +2,12 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from meshweave.config.fields import Strict
 from meshweave.errors import CheckpointError, cause
@@ -32,6 +33,9 @@ class StoredFile(Strict):
 
 class Manifest(Strict):
     """What a checkpoint says of itself."""
+
+    # The loss of a step may be no number, and has to come back as that, not as none.
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     format: int
     step: int
@@ -133,9 +137,10 @@ def prune(output: Path, keep: int | None) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint; what is left where that is cut short counts as unfinished."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Removes a checkpoint as far as the disk lets it; what is left where that is cut short counts as unfinished."""
+    with suppress(OSError):
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def checksum(data: bytes) -> str:

@@ -87,7 +87,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
         rates = build_schedule(run, optimizer, done)
         # Closed on any way out: its thread must not outlive a run that failed.
         log = stack.enter_context(closing(MetricsLog(run.output, done))) if world.rank == 0 else None
-        saver = stack.enter_context(closing(Saver(world, run, len(training)))) if run.train.checkpoint is not None else None
+        saver = stack.enter_context(Saver(world, run, len(training))) if run.train.checkpoint is not None else None
         progress = stack.enter_context(_progress(world, last))
         task = progress.add_task("training", total=last, completed=done, shown="")
         started = time.perf_counter()
@@ -155,7 +155,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             if stops:
                 steps.close()
                 if saver is not None:
-                    saver.close()
+                    saver.wait()
                 raise stopped(world)
         if not tally.updated:
             counted = ", ".join(f"{count} × {kind}" for kind, count in tally.faults.most_common()) or "no sample has a target"
