@@ -135,11 +135,12 @@ class _Guard:
             return
         try:
             os.close(self._writer)
+            ends = [_end_of(rank) for rank in ranks]
             # It is held back from signals, as it was forked so: what is sent to the whole group is the launcher's to act on.
             if not os.read(reader, 1):
-                for rank in ranks:
+                for end in ends:
                     with suppress(ProcessLookupError):
-                        os.kill(rank, signal.SIGKILL)
+                        end()
                 with suppress(OSError):
                     line = f"error: the launcher (process {launcher}) is gone; its ranks were ended{stop.progress}\n"
                     os.write(2, line.encode())
@@ -152,6 +153,14 @@ class _Guard:
             os.write(self._writer, b".")
         os.close(self._writer)
         os.waitpid(self._process, 0)
+
+
+def _end_of(rank: int) -> Callable[[], None]:
+    """What ends a process later on: by a handle, where the system has them, since its number can be another's by then."""
+    with suppress(AttributeError, OSError):
+        handle = os.pidfd_open(rank)
+        return lambda: signal.pidfd_send_signal(handle, signal.SIGKILL)
+    return lambda: os.kill(rank, signal.SIGKILL)
 
 
 def _first_failure(ranks: Sequence[BaseProcess], stop: StopRequest, grace_seconds: float) -> int | None:

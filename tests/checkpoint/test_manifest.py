@@ -1,12 +1,14 @@
 """A checkpoint counts if it is whole, which is decided by looking; what is not is named, never read, and cleaned up."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from meshweave.checkpoint.disk import write_durably
 from meshweave.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -20,7 +22,6 @@ from meshweave.checkpoint.manifest import (
     newest_whole,
     prune,
     read_manifest,
-    write_durably,
 )
 from meshweave.errors import CheckpointError
 
@@ -84,6 +85,15 @@ def test_of_damaged_checkpoints_the_one_before_is_taken_and_each_is_named(damage
     assert found == first
     assert re.search(DAMAGES[damage], faults.pop(second))
     assert not faults
+
+
+def test_a_loss_that_is_no_number_comes_back_as_that(tmp_path: Path) -> None:
+    folder = written(tmp_path, 1)
+    manifest = read_manifest(folder).model_copy(update={"progress": {"loss": math.nan, "most": math.inf, "flops": 10**25}})
+    write_durably(folder / MANIFEST, manifest.model_dump_json().encode())
+    found = read_manifest(folder).progress
+    assert math.isnan(found.pop("loss"))
+    assert found == {"most": math.inf, "flops": 10**25}
 
 
 def test_a_flipped_bit_is_found_by_reading(tmp_path: Path) -> None:

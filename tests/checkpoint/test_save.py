@@ -3,6 +3,7 @@
 import errno
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from safetensors.torch import load_file
 from support.runs import module
 from torch import Tensor
 
-from meshweave.checkpoint import storage
+from meshweave.checkpoint import save, storage
 from meshweave.checkpoint.manifest import checkpoint_folder, checkpoint_folders, newest_whole, read_manifest
 from meshweave.checkpoint.pieces import Piece
 from meshweave.checkpoint.save import Saver
 from meshweave.checkpoint.storage import Reader
 from meshweave.config import RunConfig, parse_config
-from meshweave.errors import CheckpointError
+from meshweave.errors import CheckpointError, DivergedError, RankError
 from meshweave.world import World, launch
 
 
@@ -80,7 +81,7 @@ def test_a_save_that_fails_is_one_line_and_the_good_one_before_it_stays(
         assert [folder.name for folder in checkpoint_folders(run.output)] == ["step-1"]
         dist.barrier()
         saver.save(3, pieces(world, 3.0), {"done": 3})
-        saver.close()
+        saver.wait()
         return said
 
     run = run_of(tmp_path, **{"async": asynchronous})
@@ -96,6 +97,29 @@ def test_a_save_that_fails_is_one_line_and_the_good_one_before_it_stays(
     assert set(Reader(newest).read_metadata().state_dict_metadata) == {"model.rows"}
 
 
+def test_what_a_failed_save_left_may_be_unremovable(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+
+    def work(world: World, run: RunConfig) -> None:
+        with Saver(world, run, samples=4) as saver:
+            saver.save(1, pieces(world, 1.0), {})
+
+    launch(run_of(tmp_path), work)
+    assert (tmp_path / "checkpoints").read_text() == "in the way"
+
+
+def test_the_names_of_folders_are_on_the_disk_before_a_checkpoint_counts(tmp_path: Path) -> None:
+    def work(world: World, run: RunConfig) -> list[tuple[Path, bool]]:
+        synced = []
+        with pytest.MonkeyPatch.context() as patch, Saver(world, run, samples=4) as saver:
+            patch.setattr(save, "sync", lambda folder: synced.append((folder, newest_whole(run.output)[0] is not None)))
+            saver.save(1, pieces(world, 1.0), {})
+            saver.wait()
+        return synced
+
+    assert launch(run_of(tmp_path / "out"), work) == [(tmp_path / "out" / "checkpoints", False), (tmp_path / "out", False)]
+
+
 def test_saves_that_keep_failing_end_the_run(tmp_path: Path) -> None:
     def work(world: World, run: RunConfig) -> None:
         saver = Saver(world, run, samples=4)
@@ -108,13 +132,38 @@ def test_saves_that_keep_failing_end_the_run(tmp_path: Path) -> None:
         launch(run_of(tmp_path, max_failures=2), work)
 
 
+def test_a_run_that_waited_for_a_rank_in_vain_does_not_wait_for_it_to_save(tmp_path: Path) -> None:
+    def work(world: World, run: RunConfig) -> None:
+        with Saver(world, run, samples=4) as saver:
+            if world.rank == 1:
+                time.sleep(60)  # hangs
+            saver.save(1, pieces(world, 1.0), {})
+            dist.barrier()
+
+    started = time.monotonic()
+    with pytest.raises(RankError, match="rank 0: work outside a step"):
+        launch(run_of(tmp_path).model_copy(update={"timeout_seconds": 2.0}), work)
+    assert time.monotonic() - started < 30
+
+
+def test_a_run_ends_by_its_own_error_though_its_last_save_fails(tmp_path: Path) -> None:
+    def work(world: World, run: RunConfig) -> None:
+        with pytest.MonkeyPatch.context() as patch, Saver(world, run, samples=4) as saver:
+            failing_write(patch, world)
+            saver.save(1, pieces(world, 1.0), {})
+            raise DivergedError("as it was")
+
+    with pytest.raises(DivergedError, match="as it was"):
+        launch(run_of(tmp_path, max_failures=1), work)
+
+
 def test_what_changes_while_a_save_goes_on_is_not_in_it(tmp_path: Path) -> None:
     def work(world: World, run: RunConfig) -> None:
         saver = Saver(world, run, samples=4)
         held = pieces(world, 1.0)
         saver.save(1, held, {})
         held["model.rows"].part.fill_(7.0)
-        saver.close()
+        saver.wait()
 
     launch(run_of(tmp_path), work)
     folder = checkpoint_folder(tmp_path, 1)

@@ -55,7 +55,12 @@ class Launcher:
     @property
     def children(self) -> list[int]:
         """Its ranks' processes, by rank, and its guard's."""
-        return sorted(pid for pid, (_, parent) in _processes().items() if parent == self.pid)
+        return sorted(pid for pid, (_, parent, _) in _processes().items() if parent == self.pid)
+
+    @property
+    def _left(self) -> list[int]:
+        found = _processes()
+        return [pid for pid in self._begun if found.get(pid, ("Z", 0, 0))[0] != "Z" and found[pid][2] == self.pid]
 
     @property
     def ended(self) -> bool:
@@ -66,8 +71,8 @@ class Launcher:
         return self._status is not None
 
     def kill(self) -> None:
-        """Ends what a failed test left."""
-        with suppress(ProcessLookupError):
+        """Ends what a failed test left. The group's number is its own only while some process is in it."""
+        if not self.ended or self._left:
             os.killpg(self.pid, signal.SIGKILL)
 
     def until(self, holds: Callable[[], bool], seconds: float = 30.0) -> None:
@@ -83,19 +88,18 @@ class Launcher:
         """Its exit code, negative if a signal ended it; fails where it, or a child that it had after `until`, is alive then."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            left = [pid for pid in self._begun if _processes().get(pid, ("Z", 0))[0] != "Z"]
-            if self.ended and not left:
+            if self.ended and not self._left:
                 assert self._status is not None
                 return os.waitstatus_to_exitcode(self._status)
             time.sleep(0.02)
-        raise AssertionError(f"after {seconds:g} s: ended {self.ended}, its children {left}; {self.log.read_text()}")
+        raise AssertionError(f"after {seconds:g} s: ended {self.ended}, its children {self._left}; {self.log.read_text()}")
 
 
-def _processes() -> dict[int, tuple[str, int]]:
-    """Process to its state and its parent."""
+def _processes() -> dict[int, tuple[str, int, int]]:
+    """Process to its state, its parent and its group."""
     found = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            state, parent = file.read_text().rpartition(")")[2].split()[:2]
-            found[int(file.parent.name)] = state, int(parent)
+            state, parent, group = file.read_text().rpartition(")")[2].split()[:3]
+            found[int(file.parent.name)] = state, int(parent), int(group)
     return found

@@ -63,12 +63,12 @@ def cut_off(run: RunConfig, after: int, start: Start = START) -> None:
     """Trains, and is gone after so many steps of this process."""
     steps = 0
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **options: Any) -> Any:
         nonlocal steps
         steps += 1
         if steps > after:
             raise PowerCutError
-        return run_step(*args)
+        return run_step(*args, **options)
 
     run_step = trainer.run_step
     with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCutError):
@@ -157,11 +157,68 @@ def test_a_run_that_goes_back_sets_later_checkpoints_aside(model: Path, tmp_path
     cut_off(run, after=5)
     with caplog.at_level(logging.WARNING):
         cut_off(run, 1, Start(checkpoint=checkpoint_folder(run.output, 2)))
-    assert re.search(r"step-4: is later than .*step-2; it is set aside, as step-4\.aside-\d+$", said(caplog)[0])
+    assert re.search(r"step-4: is later than .*step-2, or as old; it is set aside, as step-4\.aside-\d+$", said(caplog)[0])
     assert [folder.name for folder in checkpoint_folders(run.output)] == ["step-2"]
     assert [record["step"] for record in records(run)] == [0, 1, 2]
     with pytest.raises(ConfigError, match="holds a run"):
         trained(run, Start(checkpoint=shutil.copytree(checkpoint_folder(run.output, 2), tmp_path / "elsewhere")))
+
+
+def test_a_run_may_go_on_from_what_was_set_aside(model: Path, tmp_path: Path) -> None:
+    run = run_of(model, tmp_path / "out")
+    cut_off(run, after=5)
+    cut_off(run, 3, Start(checkpoint=checkpoint_folder(run.output, 2)))
+    (aside,) = (run.output / "checkpoints").glob("*.aside-*")
+    cut_off(run, 1, Start(checkpoint=aside))
+    assert [record["step"] for record in records(run)] == [0, 1, 2, 3, 4]
+    # The other course's step 4 must not be what the run goes on from next.
+    assert [folder.name for folder in checkpoint_folders(run.output)] == ["step-2"]
+
+
+@pytest.mark.parametrize("start", [Start(), AGAIN], ids=["auto", "asked for"])
+def test_checkpoints_that_cannot_be_read_are_not_started_over(start: Start, model: Path, tmp_path: Path) -> None:
+    run = run_of(model, tmp_path / "out", train={"steps": 6, "batch_size": 3, "resume": "auto", "checkpoint": {"every": 2}})
+    cut_off(run, after=3)
+    manifest = checkpoint_folder(run.output, 2) / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint to go on from\n.*format 99.*--overwrite"):
+        trained(run, start)
+    assert manifest.exists()
+    assert [record["step"] for record in records(run)] == [0, 1, 2]
+
+
+def test_a_finished_run_without_checkpoints_is_not_started_over(model: Path, tmp_path: Path) -> None:
+    run = run_of(model, tmp_path / "out", train={"steps": 1, "batch_size": 3, "resume": "auto"})
+    trained(run)
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint to go on from; name another folder"):
+        trained(run)
+    assert weights(run)
+
+
+def test_writing_over_a_run_and_going_on_from_it_exclude_each_other(
+    model: Path, tmp_path: Path, unbroken: tuple[RunConfig, Summary]
+) -> None:
+    run = run_of(model, tmp_path / "out")
+    cut_off(run, after=5)
+    own = checkpoint_folder(run.output, 4)
+    for start in (Start(overwrite=True, resume=True), Start(overwrite=True, checkpoint=own)):
+        with pytest.raises(ConfigError, match=r"--overwrite removes what .* leave one of them out"):
+            trained(run, start)
+    assert checkpoint_folders(run.output)
+    # From another folder's, nothing of this one stays: neither steps nor checkpoints.
+    cut_off(run, 1, Start(overwrite=True, checkpoint=checkpoint_folder(unbroken[0].output, 2)))
+    assert [record["step"] for record in records(run)] == [2]
+    assert checkpoint_folders(run.output) == []
+
+
+def test_another_folders_checkpoint_does_not_go_on_in_a_folder_that_holds_a_run(
+    model: Path, tmp_path: Path, unbroken: tuple[RunConfig, Summary]
+) -> None:
+    run = run_of(model, tmp_path / "out", train={"steps": 6, "batch_size": 3, "resume": "auto", "checkpoint": {"every": 2}})
+    cut_off(run, after=3)
+    with pytest.raises(ConfigError, match="holds a run"):
+        trained(run, Start(checkpoint=checkpoint_folder(unbroken[0].output, 4)))
+    assert [record["step"] for record in records(run)] == [0, 1, 2]
 
 
 def test_a_folder_that_holds_checkpoints_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
@@ -220,15 +277,21 @@ def test_a_run_that_is_another_one_is_refused_until_that_is_allowed(
     assert trained(run, allowed).steps == 6
 
 
-def test_rates_and_steps_may_change_and_that_is_said(
+def test_rates_steps_and_evaluation_may_change_and_that_is_said(
     model: Path, tmp_path: Path, unbroken: tuple[RunConfig, Summary], caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, _ = unbroken
     changed = whole.train.model_copy(update={"steps": 8, "lr": 5e-3})
-    run = run_of(model, tmp_path / "out").model_copy(update={"train": changed})
+    around = {"source": "synthetic", "samples": 12, "eval_samples": 3, "max_skipped": 0.2}
+    run = run_of(model, tmp_path / "out", data=around).model_copy(update={"train": changed})
     with caplog.at_level(logging.WARNING):
         trained(run, Start(checkpoint=checkpoint_folder(whole.output, 6)))
-    assert said(caplog)[1:] == ["changed since: train.lr: 0.01 → 0.005", "changed since: train.steps: 6 → 8"]
+    assert said(caplog)[1:] == [
+        "changed since: data.eval_samples: 2 → 3",
+        "changed since: data.max_skipped: 0.05 → 0.2",
+        "changed since: train.lr: 0.01 → 0.005",
+        "changed since: train.steps: 6 → 8",
+    ]
     assert [record["step"] for record in records(run)] == [6, 7]
     fewer = run.model_copy(update={"train": changed.model_copy(update={"steps": 5}), "output": tmp_path / "fewer"})
     with pytest.raises(ConfigError, match=r"train\.steps=5: .*step-6 is 6 steps old already"):
@@ -255,3 +318,28 @@ def test_a_flipped_bit_is_noticed_where_that_is_asked_for(model: Path, tmp_path:
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"step-2: damaged: rank-0-0\.safetensors is not what was written"):
         trained(run, AGAIN)
+
+
+def test_checkpoints_by_the_clock(model: Path, tmp_path: Path) -> None:
+    settings = {"every": None, "every_minutes": 1e-6, "keep": 2}
+    run = run_of(model, tmp_path / "out", train={"steps": 3, "batch_size": 3, "checkpoint": settings})
+    trained(run)
+    assert [folder.name for folder in checkpoint_folders(run.output)] == ["step-2", "step-3"]
+
+
+def test_a_run_may_go_without(model: Path, tmp_path: Path) -> None:
+    run = run_of(model, tmp_path / "out", train={"steps": 2, "batch_size": 3, "checkpoint": None})
+    trained(run)
+    assert not (run.output / "checkpoints").exists()
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_found_before_the_first_step(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(model, tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))  # type: ignore[attr-defined]
+    with pytest.raises(
+        ConfigError, match=r"output: .*out' cannot be written \(\S+ GB are needed, 1e-06 GB are free on the disk of"
+    ):
+        trained(run)
+    assert not (run.output / "metrics.jsonl").exists()

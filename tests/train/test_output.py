@@ -1,5 +1,6 @@
 """A run folder is one run's at a time, and is not written over without being told."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from support.folders import model_folder
 from meshweave.config import RunConfig, parse_config
 from meshweave.errors import ConfigError
 from meshweave.model.blueprint import read_model_config
+from meshweave.train import output
 from meshweave.train.output import Start, check_output
 from meshweave.train.trainer import train
 from meshweave.world import launch
@@ -51,6 +53,19 @@ def test_a_folder_that_holds_a_run_is_written_over_only_where_that_is_asked_for(
     assert len(list((run.output / "tensorboard").iterdir())) == 1
 
 
+def test_a_file_system_without_locks_does_not_keep_a_run_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unknown(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(output.fcntl, "flock", unknown)
+    run = run_into(tmp_path / "out", model_folder("llava", tmp_path / "model"))
+    trained(run)
+    assert "nothing keeps a second run out of it (No locks available)" in caplog.text
+    assert (run.output / "model").exists()
+
+
 def test_what_inspect_leaves_in_a_folder_is_no_run(tmp_path: Path) -> None:
     run = run_into(tmp_path / "out", tmp_path)
     run.output.mkdir()
@@ -73,6 +88,7 @@ def test_a_file_is_no_place_for_a_run(tmp_path: Path) -> None:
 
 HOLD = """
 import sys, time, pathlib
+from meshweave.train import output
 from meshweave.train.output import _lock
 _lock(pathlib.Path(sys.argv[1]))
 print("held", flush=True)

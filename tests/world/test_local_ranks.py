@@ -79,11 +79,10 @@ def start_training(start: Starts, tmp_path: Path) -> Starts:
             "data": {"source": "synthetic"},
             "train": {"steps": 100_000, "batch_size": 4, "log_every": 100_000},
             "weights": "seeded",
-            "output": str(tmp_path / "out"),
         }
         file = tmp_path / "run.yaml"
         file.write_text(yaml.safe_dump(tree))
-        run = start(lambda: app(["train", str(file)]), **options)
+        run = start(lambda: app(["train", str(file), "--set", f"output={tmp_path / 'out'}"]), **options)
         metrics = tmp_path / "out" / "metrics.jsonl"
         run.until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3)
         return run
@@ -134,7 +133,9 @@ def test_a_run_of_one_rank_stops_at_a_step(start_training: Starts) -> None:
     run = start_training(ranks=1)
     send(run, "launcher", "SIGTERM")
     assert run.end(seconds=10) == 143
-    assert re.match(f"stopped by SIGTERM {AFTER}\n`meshweave train .* --resume` goes on from", run.log.read_text())
+    assert re.match(
+        f"stopped by SIGTERM {AFTER}\n`meshweave train \S+ --set output=\S+ --resume` goes on from", run.log.read_text()
+    )
 
 
 def polite(rank: int, stop: StopRequest) -> None:

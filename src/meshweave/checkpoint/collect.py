@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from meshweave.checkpoint.pieces import Piece
 from meshweave.parallel.build import LocalModel
 from meshweave.parallel.gather import whole
 from meshweave.world import World
@@ -27,34 +28,54 @@ def led_parameters(model: LocalModel, world: World) -> Iterator[tuple[str, nn.Pa
             yield from ((key, parameter) for key, parameter in part.parameters.items() if key not in part.copies)
 
 
-def whole_values(model: LocalModel, *, gradients: bool = False) -> dict[str, Tensor]:
-    """Full name to the whole value, or gradient where there is one, of every parameter held here; a collective over its ranks."""
-    values = {}
-    for part in model.modules.values():
-        for name, parameter in part.parameters.items():
-            value = parameter.grad if gradients else parameter
-            if value is not None:
-                values[name] = whole(value)
-    return values
+def held_parameters(model: LocalModel) -> dict[str, nn.Parameter]:
+    """Full name to this rank's part of every parameter that it holds, a second copy of a tied one included."""
+    return {name: parameter for part in model.modules.values() for name, parameter in part.parameters.items()}
 
 
-def gather_led(model: LocalModel, world: World, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every parameter's value on the CPU of rank 0, from the rank that leads it; {} elsewhere. A collective over all ranks."""
-    led = {name: values[name] for name, _ in led_parameters(model, world) if name in values}
-    gathered = {name: value.cpu() for name, value in led.items()} if world.rank == 0 else {}
-    if world.size == 1:
-        return gathered
-    shapes = {name: (tuple(value.shape), value.dtype) for name, value in led.items()}
-    everyone: list[Any] = [None] * world.size
-    dist.all_gather_object(everyone, shapes, group=world.data_group)
-    for sender, theirs in enumerate(everyone):
-        for name, (shape, dtype) in theirs.items() if sender else ():
-            if world.rank == sender:
-                dist.send(led[name].cpu().contiguous(), dst=0, group=world.data_group)
-            elif world.rank == 0:
-                gathered[name] = torch.empty(shape, dtype=dtype)
-                dist.recv(gathered[name], src=sender, group=world.data_group)
-    return gathered
+def held_gradients(model: LocalModel) -> dict[str, Tensor]:
+    """The same, of their gradients, where there are any."""
+    return {name: parameter.grad for name, parameter in held_parameters(model).items() if parameter.grad is not None}
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Whole tensors, put together from the parts of all ranks."""
+
+    values: Mapping[str, Tensor]
+    """On the CPU."""
+    drift: Mapping[tuple[str, int], float]
+    """(name, rank) → norm of the difference between what that rank has and what a rank before it has of the same elements."""
+
+
+def gather(world: World, held: Mapping[str, Tensor]) -> Gathered:
+    """Every tensor whole, on rank 0, and nothing elsewhere: for models that fit there several times. A collective over all ranks.
+
+    Args:
+        held: this rank's parts (DTensors where sharded); of what several ranks hold, the first one's value is taken.
+    """
+    pieces = {name: Piece.of(value) for name, value in held.items()}
+    mine = {name: Piece(piece.shape, piece.runs, piece.part.cpu().clone()) for name, piece in pieces.items()}
+    everyone: list[Any] = [mine]
+    if world.size > 1:
+        everyone = [None] * world.size
+        dist.gather_object(mine, everyone if world.rank == 0 else None, dst=0, group=world.data_group)
+    values: dict[str, Tensor] = {}
+    there: dict[str, Tensor] = {}
+    drift: dict[tuple[str, int], float] = {}
+    for rank, theirs in enumerate(everyone if world.rank == 0 else ()):
+        for name, piece in theirs.items():
+            whole_value = values.setdefault(name, torch.zeros(piece.shape, dtype=piece.part.dtype))
+            known = there.setdefault(name, torch.zeros(piece.shape, dtype=torch.bool))
+            apart = 0.0
+            for offsets, (_, sizes) in piece.boxes.items():
+                box = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+                value = piece.box(offsets)
+                apart += float(((value - whole_value[box]).double().square() * known[box]).sum())
+                whole_value[box] = torch.where(known[box], whole_value[box], value)
+                known[box] = True
+            drift[name, rank] = apart**0.5
+    return Gathered(values, drift)
 
 
 def parameter_reader(model: LocalModel, world: World) -> Callable[[str], Tensor | None]:

@@ -6,7 +6,6 @@ other files. Values come one parameter at a time, from whoever has them.
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from meshweave.checkpoint.disk import sync
 from meshweave.checkpoint.shards import DTYPES, Entry, write_shard
 from meshweave.errors import CheckpointError
 from meshweave.model.blueprint import blueprint_of
@@ -160,13 +160,13 @@ def write_folder(plan: FolderPlan, read: ReadValue, folder: Path, *, replace: bo
             (partial / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(plan.source / place, partial / place)
         for path in (*partial.rglob("*"), partial):
-            _sync(path)
+            sync(path)
         if folder.exists():
             shutil.rmtree(earlier, ignore_errors=True)
             folder.rename(earlier)
         partial.rename(folder)
         shutil.rmtree(earlier, ignore_errors=True)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
@@ -275,15 +275,6 @@ def _others(source: Path, written: Iterable[str]) -> Iterator[Path]:
         weights = file.suffix in _WEIGHTS or file.name.endswith(".index.json")
         if file.is_file() and not hidden and not weights and str(place) not in written:
             yield place
-
-
-def _sync(path: Path) -> None:
-    """Returns when a file, or a folder's list of files, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _json(tree: Mapping[str, Any]) -> str:

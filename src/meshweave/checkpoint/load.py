@@ -26,6 +26,8 @@ _ANYHOW = {"modules", "schedule", "output", "node_size", "idle_ranks", "timeout_
 _ANYHOW_IN_TRAIN = {"microbatches", "pack", "log_every", "checkpoint", "resume"}
 _OPTIMIZER = {"steps", "lr", "min_lr_ratio", "warmup_steps", "betas", "eps", "weight_decay", "max_grad_norm", "max_skipped_steps"}
 """Of `train`: what may change on the way, and is said."""
+_AROUND = {"eval_path", "eval_samples", "on_error", "max_skipped"}
+"""Of `data`: likewise, as the samples that are trained stay the same."""
 _DIFFER = {"frozen"}
 """Of a module: what does make a difference."""
 
@@ -119,7 +121,8 @@ def _makes_none(key: str) -> bool:
 
 def _may_change(key: str) -> bool:
     first, _, rest = key.partition(".")
-    return (first == "train" and rest in _OPTIMIZER) or (first == "modules" and rest.rpartition(".")[2] == "lr")
+    lr = first == "modules" and rest.rpartition(".")[2] == "lr"
+    return lr or (first == "train" and rest in _OPTIMIZER) or (first == "data" and rest in _AROUND)
 
 
 def _said_as(key: str) -> str:

@@ -1,13 +1,13 @@
 """Which checkpoints does a run folder hold, and are they whole? Decided by looking at files; no ranks or torch needed."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from meshweave.config.fields import Strict
 from meshweave.errors import CheckpointError, cause
@@ -33,6 +33,9 @@ class StoredFile(Strict):
 
 class Manifest(Strict):
     """What a checkpoint says of itself."""
+
+    # The loss of a step may be no number, and has to come back as that, not as none.
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     format: int
     step: int
@@ -134,29 +137,10 @@ def prune(output: Path, keep: int | None) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint; what is left where that is cut short counts as unfinished."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_durably(file: Path, data: bytes) -> None:
-    """Writes a file that is either there whole, also after the machine went down, or not at all."""
-    draft = file.with_name(f".{file.name}")
-    with draft.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    draft.replace(file)
-    sync_folder(file.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Removes a checkpoint as far as the disk lets it; what is left where that is cut short counts as unfinished."""
+    with suppress(OSError):
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def checksum(data: bytes) -> str:

@@ -81,6 +81,7 @@ def held_runs(value: Tensor) -> tuple[tuple[Run, ...], ...]:
     indices = [torch.arange(size) for size in value.shape]
     if isinstance(value, DTensor):
         for axis, placement in enumerate(value.placements):
+            assert not placement.is_partial(), "a part of a sum is no part of the tensor"
             if isinstance(placement, Shard | _StridedShard):
                 # The same cut of an index as the one that made the part.
                 along = (

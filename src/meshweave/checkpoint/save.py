@@ -3,10 +3,13 @@
 import logging
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
-from typing import Any
+from threading import Thread
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -14,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
+from meshweave.checkpoint.disk import sync, write_durably
 from meshweave.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -23,12 +27,11 @@ from meshweave.checkpoint.manifest import (
     newest_whole,
     prune,
     remove,
-    write_durably,
 )
 from meshweave.checkpoint.pieces import Piece
 from meshweave.checkpoint.storage import SavePieces, Writer
 from meshweave.config import RunConfig
-from meshweave.errors import CheckpointError, cause
+from meshweave.errors import CheckpointError, RankError, cause
 from meshweave.world import World
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,8 @@ _PATIENCE = timedelta(hours=2)
 
 
 class Saver:
-    """Saves checkpoints of one run. Making one is a collective over all ranks, as are `save` and `close`.
+    """Saves checkpoints of one run. Making one is a collective over all ranks, as are `save` and `wait`, and the end of a `with`,
+    which waits for the last save.
 
     State: the save that is under way, when it began, how many have failed in a row, and, where saves go on in the background,
     this rank's copy of its state in host memory, which every save fills anew.
@@ -49,7 +53,6 @@ class Saver:
         self.world, self.run, self.samples, self.settings = world, run, samples, run.train.checkpoint
         # Its own: a save talks while the loader does, and while the step does.
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: Future[str | None] | None = None
         self._copies: dict[str, Tensor] = {}
         self._failures = 0
@@ -85,16 +88,21 @@ class Saver:
             files={},
         )
         held = self._copied(pieces) if self.settings.asynchronous else dict(pieces)
-        self._running = self._thread.submit(self._write, manifest, held)
+        self._running = self._begun(manifest, held)
         if not self.settings.asynchronous:
             self.wait()
 
-    def close(self) -> None:
-        """Waits for the last save. Raises as `save`."""
-        try:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Waits for the last save. A run that failed ends by its own error, and waits for no lost rank."""
+        if error is None:
             self.wait()
-        finally:
-            self._thread.shutdown()
+        elif self._running is not None and isinstance(error, Exception) and not isinstance(error, RankError):
+            # It says itself what fails; a rank that never comes to it may be what the run fails by.
+            with suppress(Exception):
+                self._running.result(self.run.timeout_seconds)
 
     def wait(self) -> None:
         """Until no save is under way. Raises as `save`."""
@@ -120,12 +128,28 @@ class Saver:
             torch.cuda.synchronize(self.world.device)
         return copied
 
+    def _begun(self, manifest: Manifest, pieces: Mapping[str, Piece]) -> Future[str | None]:
+        future: Future[str | None] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(self._write(manifest, pieces))
+            except BaseException as error:
+                future.set_exception(error)
+
+        # A process ends without it: it may wait for a lost rank.
+        Thread(target=work, name="checkpoint", daemon=True).start()
+        return future
+
     def _write(self, manifest: Manifest, pieces: Mapping[str, Piece]) -> str | None:
         """Returns what went wrong, on all ranks alike."""
         folder = checkpoint_folder(self.run.output, manifest.step)
 
         def close(files: dict[str, StoredFile]) -> None:
             whole = manifest.model_copy(update={"files": files})
+            # The folder's own name first: it shall not be gone with all that is in it.
+            for above in (folder.parent, self.run.output):
+                sync(above)
             write_durably(folder / MANIFEST, whole.model_dump_json(indent=1).encode())
 
         try:

@@ -7,13 +7,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meshweave.checkpoint.pieces import Piece
+from meshweave.config import RunConfig
 from meshweave.errors import CheckpointError
+from meshweave.model.frozen import frozen_names
+from meshweave.model.modules import ModelGraph
 from meshweave.parallel.build import LocalModel
 from meshweave.world import World
 
 _MODEL, _OPTIMIZER, _RANDOM = "model", "optimizer", "random"
 _KINDS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of a parameter."""
+
+
+def parameter_key(name: str) -> str:
+    """Of a parameter, in a checkpoint."""
+    return f"{_MODEL}.{name}"
+
+
+def state_bytes(run: RunConfig, graph: ModelGraph) -> int:
+    """About what a checkpoint of the run takes on the disk: parameters, and AdamW's two moments of those that are trained."""
+    total = 0
+    for name, module in run.modules.items():
+        named = graph.parameters(name)
+        still = frozen_names(module, named)
+        total += sum(value.nbytes * (1 if key in still else 3) for key, value in named.items())
+    return total
 
 
 def held_state(model: LocalModel, optimizer: Optimizer, world: World) -> dict[str, Piece]:
@@ -24,7 +42,7 @@ def held_state(model: LocalModel, optimizer: Optimizer, world: World) -> dict[st
     """
     state = {}
     for name, parameter in _parameters(model, copies=False).items():
-        state[f"{_MODEL}.{name}"] = Piece.of(parameter)
+        state[parameter_key(name)] = Piece.of(parameter)
         for kind, value in optimizer.state.get(parameter, {}).items():
             state[f"{_OPTIMIZER}.{kind}.{name}"] = Piece.of(value)
     return state | {f"{_RANDOM}.{key}": Piece.of(value) for key, value in _random_state(world).items()}
@@ -38,7 +56,7 @@ def wanted_state(model: LocalModel, optimizer: Optimizer, world: World, stored: 
     """
     wanted = {}
     for name, parameter in _parameters(model, copies=True).items():
-        wanted[f"{_MODEL}.{name}"] = Piece.of(parameter)
+        wanted[parameter_key(name)] = Piece.of(parameter)
         kinds = [kind for kind in _KINDS if f"{_OPTIMIZER}.{kind}.{name}" in stored]
         if kinds and parameter.requires_grad:
             optimizer.state[parameter] = {kind: _empty(kind, parameter) for kind in kinds}

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -26,8 +25,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from meshweave.checkpoint.manifest import StoredFile, checksum, sync_folder, write_durably
+from meshweave.checkpoint.disk import require_space, sync, write_durably
+from meshweave.checkpoint.manifest import StoredFile, checksum
 from meshweave.checkpoint.pieces import Piece
+from meshweave.checkpoint.state import parameter_key
 from meshweave.errors import CheckpointError, cause
 
 TENSORS = "tensors.json"
@@ -109,12 +110,10 @@ class Writer(StorageWriter):
             boxes = {_key(item.index): planner.resolve_data(item).contiguous().cpu() for item in items}  # type: ignore[union-attr]
             data = serialized(boxes)
             stored = StoredFile(bytes=len(data), xxh3=checksum(data))
-            with (self.folder / name).open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
+            (self.folder / name).write_bytes(data)
+            sync(self.folder / name)
             results += [WriteResult(item.index, _bytes(item), _Stored(name, stored)) for item in items]
-        sync_folder(self.folder)
+        sync(self.folder)
         written: Future[list[WriteResult]] = Future()
         written.set_result(results)
         return written
@@ -201,6 +200,19 @@ class Reader(StorageReader):
         done.set_result(None)
         return done
 
+    def box(self, index: MetadataIndex) -> Tensor:
+        """One box, whole.
+
+        Raises:
+            CheckpointError: not readable.
+        """
+        file = self.folder / self._files[index]
+        try:
+            with safe_open(file, framework="pt") as stored:
+                return stored.get_tensor(_key(index))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: not readable as safetensors ({cause(error)})") from error
+
     def _read(self, stored: Any, item: ReadItem, planner: LoadPlanner) -> None:
         key = _key(item.storage_index)
         if item.lengths:
@@ -217,11 +229,24 @@ class Reader(StorageReader):
         return False
 
 
-def require_space(folder: Path, needed: int) -> None:
-    """Raises OSError if the disk that `folder` is on has fewer than `needed` bytes left."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free on the disk of {str(folder)!r}")
+def whole_parameters(folder: Path) -> Callable[[str], Tensor | None]:
+    """Reads parameters of a checkpoint whole, one at a time, in this process alone; None for what it does not hold."""
+    reader = Reader(folder)
+    tensors = reader.read_metadata().state_dict_metadata
+
+    def read(name: str) -> Tensor | None:
+        key = parameter_key(name)
+        if key not in tensors:
+            return None
+        tensor = tensors[key]
+        assert isinstance(tensor, TensorStorageMetadata)
+        value = torch.empty(tensor.size, dtype=tensor.properties.dtype)
+        for chunk in tensor.chunks:
+            place = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            value[place] = reader.box(MetadataIndex(key, chunk.offsets))
+        return value
+
+    return read
 
 
 def _tensor_metadata(tensor: Mapping[str, Any]) -> TensorStorageMetadata:

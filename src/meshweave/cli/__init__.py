@@ -5,6 +5,7 @@ import typer
 from meshweave.cli.balance import balance_command
 from meshweave.cli.checkpoint import checkpoint_app
 from meshweave.cli.data import data_app
+from meshweave.cli.export import export_command
 from meshweave.cli.init import init_command
 from meshweave.cli.inspect import inspect_command
 from meshweave.cli.simulate import simulate_command
@@ -24,5 +25,6 @@ app.command("inspect")(inspect_command)
 app.command("simulate")(simulate_command)
 app.command("balance")(balance_command)
 app.command("verify")(verify_command)
+app.command("export")(export_command)
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")

@@ -49,12 +49,12 @@ def check_command(folder: Folder) -> None:
 
 @checkpoint_app.command("show")
 def show_command(folder: Folder) -> None:
-    """Show what the newest checkpoint (or the named one) says of itself: run file, versions, progress, files."""
-    from meshweave.checkpoint.manifest import read_manifest
+    """Show what the newest whole checkpoint (or the named one) says of itself: run file, versions, progress, files."""
+    from meshweave.checkpoint.manifest import newest_whole, read_manifest
     from meshweave.report.checkpoints import render_manifest
 
     def work() -> None:
-        manifest = read_manifest(_folders(folder)[-1])
+        manifest = read_manifest(newest_whole(folder)[0] or _folders(folder)[-1])
         files = {name: file.bytes for name, file in manifest.files.items()}
         Console().print(render_manifest(manifest.model_dump(mode="json", exclude={"files"}), files))
 

@@ -1,6 +1,7 @@
 """`meshweave train`: how is a run trained?"""
 
 import os
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,7 +81,9 @@ def train_command(
         except (RankError, StoppedError) as error:
             newest, _ = newest_whole(run.output)
             if newest is not None:
-                error.add_note(f"`meshweave train {run_file} --resume` goes on from {newest}")
+                changes = [word for override in overrides or () for word in ("--set", override)]
+                words = shlex.join(["meshweave", "train", str(run_file), *changes, "--resume"])
+                error.add_note(f"`{words}` goes on from {newest}")
             raise
         if summary is not None:
             Console().print(render_summary(summary))

@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from meshweave.checkpoint.disk import require_space
 from meshweave.checkpoint.folder import PARTIAL
 from meshweave.checkpoint.manifest import (
     CHECKPOINTS,
@@ -57,7 +58,8 @@ START = Start()
 
 
 def check_output(run: RunConfig, start: Start) -> None:
-    """Raises ConfigError if a run must not write into its folder: an earlier one's is there, or it is the model's.
+    """Raises ConfigError if a run must not write into its folder: an earlier one's is there, or it is the model's, or what it
+    would remove there is what it would go on from.
 
     A run that goes on may, if there is a checkpoint to go on from.
     """
@@ -66,9 +68,13 @@ def check_output(run: RunConfig, start: Start) -> None:
         raise ConfigError(f"output: {str(run.output)!r} is the model folder {str(run.model)!r}, or in it; name another folder")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output: {str(run.output)!r} is a file; name a folder")
+    if start.overwrite and (start.resume or (start.checkpoint and start.checkpoint.resolve().is_relative_to(folder))):
+        raise ConfigError(
+            f"output: --overwrite removes what {str(run.output)!r} holds, and --resume would go on from it; leave one of them out"
+        )
     if start.overwrite or not any((folder / name).exists() for name in (METRICS, MODEL, CHECKPOINTS)):
         return
-    if start.resume or (start.checkpoint and _within(run, start.checkpoint)) or run.train.resume == "auto":
+    if _within(run, start.checkpoint) if start.checkpoint else start.resume or run.train.resume == "auto":
         return
     saved = "go on from its newest checkpoint (--resume), " if checkpoint_folders(folder) else ""
     raise ConfigError(
@@ -77,10 +83,13 @@ def check_output(run: RunConfig, start: Start) -> None:
 
 
 @contextmanager
-def claimed(world: World, run: RunConfig, start: Start) -> Iterator[Path | None]:
+def claimed(world: World, run: RunConfig, start: Start, needed: int = 0) -> Iterator[Path | None]:
     """Inside it the run folder is this run's alone; gives the checkpoint to go on from, if any. A collective over all ranks.
 
     The claim ends with rank 0's process, however that ends.
+
+    Args:
+        needed: bytes that the run will write at least.
 
     Raises:
         ConfigError: as `check_output`, and if another run has the folder; on all ranks alike.
@@ -93,12 +102,15 @@ def claimed(world: World, run: RunConfig, start: Start) -> Iterator[Path | None]
             lock = _lock(run.output)
             check_output(run, start)
             said[1] = _checkpoint(run, start)
-            if said[1] is None:
+            if said[1] is None or not _within(run, said[1]):
                 _clear(run.output)
+            require_space(run.output, needed)
         except MeshweaveError as error:
             said[0] = error
         except OSError as error:
-            said[0] = ConfigError(f"output: {str(run.output)!r} cannot be written ({error.strerror}); name another folder")
+            said[0] = ConfigError(
+                f"output: {str(run.output)!r} cannot be written ({error.strerror or error}); name another folder"
+            )
     if world.size > 1:
         dist.broadcast_object_list(said, src=0, group=world.data_group)
     try:
@@ -114,20 +126,24 @@ def _checkpoint(run: RunConfig, start: Start) -> Path | None:
     """The one to go on from. Later ones are out of the way then: unfinished ones are removed, others set aside, all named."""
     newest, faults = start.checkpoint, dict[Path, str]()
     if newest is not None:
-        check_sizes(newest, read_manifest(newest))
+        manifest = read_manifest(newest)
+        check_sizes(newest, manifest)
         if not _within(run, newest):
             return newest
+        # One that was set aside has its step not as its name.
+        done = manifest.step
     elif start.overwrite or not (start.resume or run.train.resume == "auto"):
         return None
     else:
         newest, faults = newest_whole(run.output)
-    if newest is None and start.resume:
-        raise CheckpointError(f"output: {str(run.output)!r} holds no whole checkpoint to go on from; start without --resume")
-    if newest is None and (run.output / METRICS).exists():
-        logger.warning("%s: a run ended there before its first checkpoint; it starts anew", run.output)
+        done = step_of(newest) if newest else 0
+    if newest is None:
+        _require_nothing_to_lose(run, start, faults)
+        if (run.output / METRICS).exists():
+            logger.warning("%s: a run ended there before its first checkpoint; it starts anew", run.output)
     for folder in checkpoint_folders(run.output):
-        if newest is None or step_of(folder) > step_of(newest):
-            fault = faults.get(folder, f"{folder}: is later than {newest}")
+        if newest is None or (step_of(folder) >= done and folder.resolve() != newest.resolve()):
+            fault = faults.get(folder, f"{folder}: is later than {newest}, or as old")
             if (folder / MANIFEST).exists():
                 aside = folder.rename(folder.with_name(f"{folder.name}.aside-{time.time_ns()}"))
                 logger.warning("%s; it is set aside, as %s", fault, aside.name)
@@ -135,6 +151,17 @@ def _checkpoint(run: RunConfig, start: Start) -> Path | None:
                 remove(folder)
                 logger.warning("%s; it is removed", fault)
     return newest
+
+
+def _require_nothing_to_lose(run: RunConfig, start: Start, faults: Mapping[Path, str]) -> None:
+    """Raises CheckpointError where there is no whole checkpoint to go on from: starting anew is no answer if that was asked for,
+    and none if it would remove checkpoints that are damaged or another version's, or a model."""
+    if start.resume or (run.output / MODEL).exists() or any((folder / MANIFEST).exists() for folder in faults):
+        found = "".join(f"\n  {fault}" for fault in faults.values())
+        way = "start without --resume"
+        if faults or not start.resume:
+            way = "name another folder (--set output=…), or write over it (--overwrite)"
+        raise CheckpointError(f"output: {str(run.output)!r} holds no whole checkpoint to go on from{found}; {way}")
 
 
 def _within(run: RunConfig, checkpoint: Path) -> bool:
@@ -153,6 +180,9 @@ def _lock(folder: Path) -> int:
         owner = os.read(lock, 200).decode(errors="replace") or "another process"
         os.close(lock)
         raise ConfigError(f"output: a run is writing into {str(folder)!r} ({owner}); name another folder") from None
+    except OSError as error:
+        # Some network file systems know no locks.
+        logger.warning("%s: nothing keeps a second run out of it (%s)", folder, error.strerror)
     os.ftruncate(lock, 0)
     os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return lock

@@ -19,7 +19,7 @@ from meshweave.checkpoint.export import export_model
 from meshweave.checkpoint.load import check_sums_together, load_state, require_same_run
 from meshweave.checkpoint.manifest import read_manifest
 from meshweave.checkpoint.save import Saver
-from meshweave.checkpoint.state import held_state
+from meshweave.checkpoint.state import held_state, state_bytes
 from meshweave.config import LANGUAGE, RunConfig
 from meshweave.data.build import build_datasets
 from meshweave.errors import ConfigError, DataError
@@ -79,7 +79,8 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
     stragglers = Stragglers(world)
     said = logger.warning if world.rank == 0 else logger.debug
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(claimed(world, run, start))
+        needed = state_bytes(run, graph) if run.train.checkpoint is not None else 0
+        checkpoint = stack.enter_context(claimed(world, run, start, needed))
         if checkpoint is not None:
             shapes = {key: tuple(value.shape) for name in run.modules for key, value in graph.parameters(name).items()}
             tally = _checked(world, run, checkpoint, start, len(training))
@@ -89,7 +90,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
         rates = build_schedule(run, optimizer, done)
         # Closed on any way out: its thread must not outlive a run that failed.
         log = stack.enter_context(closing(MetricsLog(run.output, done))) if world.rank == 0 else None
-        saver = stack.enter_context(closing(Saver(world, run, len(training)))) if run.train.checkpoint is not None else None
+        saver = stack.enter_context(Saver(world, run, len(training))) if run.train.checkpoint is not None else None
         progress = stack.enter_context(_progress(world, last))
         task = progress.add_task("training", total=last, completed=done, shown="")
         started = asked = time.perf_counter()
@@ -162,7 +163,7 @@ def train(world: World, run: RunConfig, config: PreTrainedConfig, *, trace: bool
             if stops:
                 steps.close()
                 if saver is not None:
-                    saver.close()
+                    saver.wait()
                 raise stopped(world)
             asked = time.perf_counter()
         if not tally.updated:

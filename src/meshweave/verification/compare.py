@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from meshweave.batch.plan import StepPlan
-from meshweave.checkpoint.collect import gather_led, whole_values
+from meshweave.checkpoint.collect import Gathered, gather, held_gradients, held_parameters
 from meshweave.config import LANGUAGE, RunConfig
 from meshweave.data.build import build_datasets
 from meshweave.data.dataset import Dataset
@@ -107,7 +107,7 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
     optimizer = build_optimizer(run, {name: part.parameters for name, part in model.modules.items()})
     rates = build_schedule(run, optimizer)
     travel = Travel(media_widths(config), config.get_text_config().hidden_size, dtype)
-    initial = gather_led(model, world, whole_values(model)) if run.weights == "seeded" else None
+    initial = gather(world, held_parameters(model)).values if run.weights == "seeded" else None
     oracle = Oracle(run, config, initial, dtype) if world.rank == 0 else None
     loss, gradient, drift = Worst(), Worst(), Worst()
     samples = items = 0
@@ -115,14 +115,13 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
         step = loader.step(number)
         with full_precision(dtype):
             totals = run_step(model, step, world, schedule, travel)
-        gradients = whole_values(model, gradients=True)
-        drift = max(drift, _replica_drift(world, gradients, number), key=lambda worst: worst.error)
-        gathered = gather_led(model, world, gradients)
+        gathered = gather(world, held_gradients(model))
+        drift = max(drift, _replica_drift(gathered, number), key=lambda worst: worst.error)
         if oracle is not None:
             with full_precision(dtype):
                 expected = oracle.backward(dataset, _readable(loader, number, step), _token_groups(run, step.plan))
             loss = max(loss, _loss_error(totals, expected, number), key=lambda worst: worst.error)
-            actual = {name: value / max(1, totals.targets) for name, value in gathered.items()}
+            actual = {name: value / max(1, totals.targets) for name, value in gathered.values.items()}
             found = _worst(actual, expected.gradients, number), _norm_error(totals, expected, number)
             gradient = max(gradient, *found, key=lambda worst: worst.error)
             oracle.update()
@@ -134,7 +133,7 @@ def verify(world: World, run: RunConfig, config: PreTrainedConfig, steps: int) -
         items += sum(len(found) for plan in step.plan.microbatches for found in plan.items.values())
         if totals.asked:
             raise stopped(world)
-    weights = gather_led(model, world, whole_values(model))
+    weights = gather(world, held_parameters(model)).values
     shared = SHARED if isinstance(dataset, ProcessedDataset) else "the random samples"
     gradient = max(gradient, drift, key=lambda worst: worst.error)
     weight, compared = Worst(), 0
@@ -156,29 +155,15 @@ def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _replica_drift(world: World, values: Mapping[str, Tensor], step: int) -> Worst:
-    """The largest relative difference between the ranks that hold a parameter: replicas must not drift apart.
-
-    Compares norms and one fixed projection of every whole value, which costs two numbers a parameter.
-    """
-    if world.size == 1:
-        return Worst(step=step)
-    mine = {}
-    for name, value in values.items():
-        flat = value.double().flatten()
-        weights = torch.linspace(1, 2, flat.numel(), dtype=torch.float64, device=flat.device)
-        mine[name] = (float(flat.norm()), float(flat @ weights / flat.numel() ** 0.5))
-    everyone: list[dict[str, tuple[float, float]]] = [{}] * world.size
-    dist.all_gather_object(everyone, mine, group=world.data_group)
-    floor = _FLOOR * max((sum(norm**2 for norm, _ in theirs.values()) for theirs in everyone), default=0.0) ** 0.5
+def _replica_drift(gathered: Gathered, step: int) -> Worst:
+    """The largest relative difference between ranks that hold the same part of a gradient: replicas must not drift apart."""
+    norms = {name: float(value.double().norm()) for name, value in gathered.values.items()}
+    floor = _FLOOR * sum(norm**2 for norm in norms.values()) ** 0.5
     worst = Worst(step=step)
-    for rank, theirs in enumerate(everyone):
-        for name, (norm, projection) in theirs.items():
-            first_norm, first_projection = next(other[name] for other in everyone if name in other)
-            scale = max(first_norm, floor, 1e-300)
-            error = _finite(max(abs(norm - first_norm), abs(projection - first_projection)) / scale)
-            if error > worst.error:
-                worst = Worst(error, f"{name} (replica on rank {rank})", step)
+    for (name, rank), apart in gathered.drift.items():
+        error = _finite(apart / max(norms[name], floor, 1e-300))
+        if error > worst.error:
+            worst = Worst(error, f"{name} (replica on rank {rank})", step)
     return worst
 
 
