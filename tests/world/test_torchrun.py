@@ -2,10 +2,12 @@
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,7 +24,7 @@ from meshweave.config import RunConfig, load_config
 from meshweave.model.blueprint import read_model_config
 from meshweave.rendezvous import meet
 from meshweave.train.trainer import train
-from meshweave.world import launch
+from meshweave.world import _end_with_launcher, launch
 
 EVERYWHERE, ONE = {"ranks": "0-1", "dp": 2}, {"ranks": 0}
 
@@ -141,3 +143,20 @@ def test_ranks_that_meet_again_find_nothing_of_the_dead(tmp_path: Path) -> None:
     port = server.port
     expected = [f"{generation} {rank}" for generation in range(3) for rank in range(3)]
     assert run_ranks(3, body) == [expected] * 3
+
+
+def test_a_rank_that_hears_nothing_ends_some_time_after_its_torchrun() -> None:
+    reader, writer = os.pipe()
+    launcher = os.fork()
+    if not launcher:
+        if not os.fork():
+            threading.Thread(target=_end_with_launcher, args=(0.2,), daemon=True).start()
+            time.sleep(600)
+        time.sleep(0.3)
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(launcher, 0)
+    # It has the other end until it is gone.
+    assert select.select([reader], [], [], 0.1)[0] == []
+    assert select.select([reader], [], [], 10.0)[0] == [reader]
+    os.close(reader)
