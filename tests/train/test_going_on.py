@@ -188,7 +188,7 @@ def test_checkpoints_that_cannot_be_read_are_not_started_over(start: Start, mode
 
 
 def test_a_finished_run_without_checkpoints_is_not_started_over(model: Path, tmp_path: Path) -> None:
-    run = run_of(model, tmp_path / "out", train={"steps": 1, "batch_size": 3, "resume": "auto"})
+    run = run_of(model, tmp_path / "out", train={"steps": 1, "batch_size": 3, "resume": "auto", "checkpoint": None})
     trained(run)
     with pytest.raises(CheckpointError, match=r"no whole checkpoint to go on from; name another folder"):
         trained(run)
@@ -311,13 +311,25 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_first_parameter_that_di
 def test_a_flipped_bit_is_noticed_where_that_is_asked_for(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = {"every": 2, "verify_on_load": True}
     run = run_of(model, tmp_path / "out", train={"steps": 6, "batch_size": 3, "checkpoint": settings})
-    cut_off(run, after=3)
-    (file,) = checkpoint_folder(run.output, 2).glob("rank-0-*.safetensors")
+    cut_off(run, after=5)
+    flip(checkpoint_folder(run.output, 4))
+    with pytest.raises(CheckpointError, match=r"step-4: damaged: rank-0-0\.safetensors is not what was written"):
+        trained(run, Start(checkpoint=checkpoint_folder(run.output, 4)))
+    with caplog.at_level(logging.WARNING):
+        cut_off(run, 1, AGAIN)
+    assert re.search(r"step-4: damaged: .* it is set aside, as step-4\.aside-\d+$", said(caplog)[0])
+    assert said(caplog)[1] == f"going on from {checkpoint_folder(run.output, 2)}, after step 2"
+    flip(checkpoint_folder(run.output, 2))
+    with pytest.raises(CheckpointError, match="step-2: damaged"):
+        trained(run, AGAIN)
+    assert checkpoint_folder(run.output, 2).exists()
+
+
+def flip(checkpoint: Path) -> None:
+    (file,) = checkpoint.glob("rank-0-*.safetensors")
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"step-2: damaged: rank-0-0\.safetensors is not what was written"):
-        trained(run, AGAIN)
 
 
 def test_checkpoints_by_the_clock(model: Path, tmp_path: Path) -> None:

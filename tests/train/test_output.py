@@ -44,7 +44,7 @@ def test_a_folder_that_holds_a_run_is_written_over_only_where_that_is_asked_for(
     (run.output / "notes.txt").write_text("mine")
     before = (run.output / "metrics.jsonl").read_text()
     for refuse in (lambda: check_output(run, Start()), lambda: trained(run)):
-        with pytest.raises(ConfigError, match=r"output: '.*out' holds a run; name another folder .*--overwrite"):
+        with pytest.raises(ConfigError, match=r"output: '.*out' holds a run; .*name another folder .*--overwrite"):
             refuse()
     assert (run.output / "metrics.jsonl").read_text() == before
     trained(run, start=Start(overwrite=True))

@@ -40,6 +40,8 @@ def export_model(
             names = plan.names
         except CheckpointError as error:
             fault = str(error)
+        except OSError as error:
+            fault = f"{run.model}: not readable any more ({error})"
     names, fault = _from_first(world, (names, fault))
     if fault is None:
         if plan is not None:

@@ -59,8 +59,9 @@ class Saver:
         self._saved = time.monotonic()
 
     def is_due(self, step: int) -> bool:
-        """Whether the run's settings ask for a checkpoint after so many steps."""
-        return self.settings.every is not None and step % self.settings.every == 0
+        """Whether the run's settings ask for a checkpoint after so many steps. The last one has one: from there a run that is cut
+        off while it writes its model goes on, and one that shall take more steps."""
+        return step == self.run.train.steps or (self.settings.every is not None and step % self.settings.every == 0)
 
     def is_overdue(self) -> bool:
         """Whether this rank's clock asks for one; rank 0's does, for all."""

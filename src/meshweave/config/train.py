@@ -15,7 +15,8 @@ class CheckpointConfig(Strict):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
     every: PositiveInt | None = 500
-    """Steps from one checkpoint to the next; null: only by the clock, or when the run is asked to stop."""
+    """Steps from one checkpoint to the next, and one after the last step; null: none but that, those by the clock, and one when
+    the run is asked to stop."""
     every_minutes: PositiveFloat | None = None
     """The same by the clock, as well."""
     keep: PositiveInt | None = 3

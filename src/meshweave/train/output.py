@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from meshweave.checkpoint.disk import require_space
 from meshweave.checkpoint.folder import PARTIAL
+from meshweave.checkpoint.load import check_sums_together
 from meshweave.checkpoint.manifest import (
     CHECKPOINTS,
     MANIFEST,
@@ -95,16 +96,23 @@ def claimed(world: World, run: RunConfig, start: Start, needed: int = 0) -> Iter
         ConfigError: as `check_output`, and if another run has the folder; on all ranks alike.
         CheckpointError: there is no whole checkpoint to go on from; on all ranks alike.
     """
+    locks: list[int] = []
+    try:
+        checkpoint = _by_first(world, run, lambda: _begun(run, start, needed, locks))
+        if checkpoint is not None and run.train.checkpoint is not None and run.train.checkpoint.verify_on_load:
+            checkpoint = _verified(world, run, start, checkpoint)
+        yield checkpoint
+    finally:
+        for lock in locks:
+            os.close(lock)
+
+
+def _by_first(world: World, run: RunConfig, choose: Callable[[], Path | None]) -> Path | None:
+    """What rank 0 chooses, or the error that it meets, on all ranks. A collective."""
     said: list[Any] = [None, None]
-    lock = None
     if world.rank == 0:
         try:
-            lock = _lock(run.output)
-            check_output(run, start)
-            said[1] = _checkpoint(run, start)
-            if said[1] is None or not _within(run, said[1]):
-                _clear(run.output)
-            require_space(run.output, needed)
+            said[1] = choose()
         except MeshweaveError as error:
             said[0] = error
         except OSError as error:
@@ -113,13 +121,50 @@ def claimed(world: World, run: RunConfig, start: Start, needed: int = 0) -> Iter
             )
     if world.size > 1:
         dist.broadcast_object_list(said, src=0, group=world.data_group)
-    try:
-        if said[0] is not None:
-            raise said[0]
-        yield said[1]
-    finally:
-        if lock is not None:
-            os.close(lock)
+    if said[0] is not None:
+        raise said[0]
+    return said[1]
+
+
+def _begun(run: RunConfig, start: Start, needed: int, locks: list[int]) -> Path | None:
+    """Takes the folder and makes it ready; the checkpoint to go on from."""
+    locks.append(_lock(run.output))
+    check_output(run, start)
+    checkpoint = _checkpoint(run, start)
+    if checkpoint is None or not _within(run, checkpoint):
+        _clear(run.output)
+    require_space(run.output, needed)
+    return checkpoint
+
+
+def _verified(world: World, run: RunConfig, start: Start, checkpoint: Path) -> Path:
+    """The newest one whose content is what was written; damaged ones are set aside, but one that was named is refused."""
+    while True:
+        try:
+            check_sums_together(world, checkpoint, read_manifest(checkpoint))
+            return checkpoint
+        except CheckpointError as error:
+            if start.checkpoint is not None:
+                raise
+            damaged, fault = checkpoint, error
+
+        def before(damaged: Path = damaged, fault: CheckpointError = fault) -> Path:
+            found = [folder for folder in checkpoint_folders(run.output) if step_of(folder) < step_of(damaged)]
+            if not any((folder / MANIFEST).exists() for folder in found):
+                raise fault
+            _set_aside(damaged, str(fault))
+            if (newest := newest_whole(run.output)[0]) is None:
+                raise fault
+            return newest
+
+        chosen = _by_first(world, run, before)
+        assert chosen is not None
+        checkpoint = chosen
+
+
+def _set_aside(folder: Path, why: str) -> None:
+    aside = folder.rename(folder.with_name(f"{folder.name}.aside-{time.time_ns()}"))
+    logger.warning("%s; it is set aside, as %s", why, aside.name)
 
 
 def _checkpoint(run: RunConfig, start: Start) -> Path | None:
@@ -145,8 +190,7 @@ def _checkpoint(run: RunConfig, start: Start) -> Path | None:
         if newest is None or (step_of(folder) >= done and folder.resolve() != newest.resolve()):
             fault = faults.get(folder, f"{folder}: is later than {newest}, or as old")
             if (folder / MANIFEST).exists():
-                aside = folder.rename(folder.with_name(f"{folder.name}.aside-{time.time_ns()}"))
-                logger.warning("%s; it is set aside, as %s", fault, aside.name)
+                _set_aside(folder, fault)
             else:
                 remove(folder)
                 logger.warning("%s; it is removed", fault)

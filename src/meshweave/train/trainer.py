@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from meshweave.batch.plan import StepPlan
 from meshweave.checkpoint.export import export_model
-from meshweave.checkpoint.load import check_sums_together, load_state, require_same_run
+from meshweave.checkpoint.load import load_state, require_same_run
 from meshweave.checkpoint.manifest import read_manifest
 from meshweave.checkpoint.save import Saver
 from meshweave.checkpoint.state import held_state, state_bytes
@@ -188,8 +188,6 @@ def _checked(world: World, run: RunConfig, checkpoint: Path, start: Start, sampl
             f"train.steps={run.train.steps}: {checkpoint} is {manifest.step} steps old already; name more steps, or an earlier "
             "checkpoint (--resume DIR)"
         )
-    if run.train.checkpoint is not None and run.train.checkpoint.verify_on_load:
-        check_sums_together(world, checkpoint, manifest)
     if world.rank == 0:
         for line in (f"going on from {checkpoint}, after step {manifest.step}", *(f"changed since: {line}" for line in changed)):
             logger.warning(line)
