@@ -9,6 +9,7 @@ import faulthandler
 import gc
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -37,6 +38,9 @@ _SAY_SECONDS = 1.0
 """For how long a rank that waited in vain for another stays, so that the others can say the same."""
 
 _POLL_SECONDS = 0.1
+
+_MOST_STACKS, _FRAMES = 4, 6
+"""Of ranks that hang: how many show where they are, and so many frames of each."""
 
 _FAULT_LINES = 40
 """Of the stacks that a process leaves which dies by a fault of its own."""
@@ -68,6 +72,8 @@ def run_local_ranks(
     stop = StopRequest(RawValue(ctypes.c_int64, UNKNOWN))
     with listening(stop), _started(size, body, folder, method, stop) as ranks:
         failed = _first_failure(ranks, stop, grace_seconds)
+        if failed is not None and (folder / f"error-{failed}").exists():
+            _have_silent_ranks_say_where(ranks, folder)
     if failed is not None:
         raise _failure(folder, failed, [process.exitcode or 0 for process in ranks], stop)
     if (folder / "error-0").exists():
@@ -187,6 +193,19 @@ def _first_failure(ranks: Sequence[BaseProcess], stop: StopRequest, grace_second
     return None
 
 
+def _have_silent_ranks_say_where(ranks: Sequence[BaseProcess], folder: Path) -> None:
+    """A rank that hangs cannot speak; the handler of this signal writes down its stacks, whatever it does, and ends it."""
+    silent = [
+        process for rank, process in enumerate(ranks) if process.exitcode is None and not (folder / f"error-{rank}").exists()
+    ]
+    for process in silent:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid or 0, signal.SIGABRT)
+    deadline = time.monotonic() + _SAY_SECONDS
+    for process in silent:
+        process.join(max(0.0, deadline - time.monotonic()))
+
+
 def _failure(folder: Path, failed: int, exit_codes: Sequence[int], stop: StopRequest) -> Exception:
     """What the first rank to fail said, and of an error between ranks what the others said."""
     if not (folder / f"error-{failed}").exists():
@@ -202,7 +221,19 @@ def _failure(folder: Path, failed: int, exit_codes: Sequence[int], stop: StopReq
     lines = [str(first), *(f"  also {other}" for other in errors[1:])]
     if silent:
         lines.append(f"  no word from {'rank' if len(silent) == 1 else 'ranks'} {', '.join(map(str, silent))}")
+    for rank in silent[:_MOST_STACKS]:
+        if stack := _stack(folder / f"faults-{rank}"):
+            lines += [f"  rank {rank} was in", *(f"    {line}" for line in stack)]
     return RankError("\n".join(lines))
+
+
+def _stack(faults: Path) -> list[str]:
+    """Of a process that was asked where it is: the innermost frames of its main thread, in its own order."""
+    text = faults.read_text(errors="replace") if faults.exists() else ""
+    threads = re.split(r"\n(?=(?:Current thread|Thread) )", text.partition("\nExtension modules:")[0])
+    frames = [[line.strip() for line in thread.splitlines() if line.startswith("  File ")] for thread in threads]
+    # The main thread is written last.
+    return next((each[:_FRAMES] for each in reversed(frames) if each), [])
 
 
 def _ended(rank: int, exit_code: int, stop: StopRequest, faults: Path) -> str:
