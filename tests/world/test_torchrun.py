@@ -57,13 +57,13 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def rank_of(launcher: int, rank: int) -> int:
+def rank_of(launchers: list[int], rank: int) -> int:
     """The process of a rank of torchrun's."""
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             its = (folder / "environ").read_bytes().split(b"\0")
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == launcher and f"RANK={rank}".encode() in its:
+            if parent in launchers and f"RANK={rank}".encode() in its:
                 return int(folder.name)
     raise AssertionError(f"rank {rank} is not there")
 
@@ -75,26 +75,31 @@ def until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-def test_a_run_whose_rank_is_killed_is_gone_on_with_by_torchrun(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_run_whose_rank_is_killed_is_gone_on_with_by_torchrun(nodes: int, tmp_path: Path) -> None:
+    """Two ranks, of one launcher or of one each: those stand for two nodes, which find each other over a socket."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", f"--master-port={port}"]
-    command = [*launcher, "-m", "meshweave", "train", str(write_run(tmp_path))]
+    meeting = [f"--master-port={port}"] if nodes == 1 else ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={2 // nodes}"]
+    command = [*torchrun, "--max-restarts=1", *meeting, "-m", "meshweave", "train", str(write_run(tmp_path))]
     log = tmp_path / "log"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("w") as out:
-        run = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        agents = [
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, text=True, env=env) for _ in range(nodes)
+        ]
         try:
-            until(lambda: len(records(tmp_path)) > 3, run)
+            until(lambda: len(records(tmp_path)) > 3, agents[0])
             # The one that has the folder, writes the record, and whose address the others know.
-            os.kill(rank_of(run.pid, 0), signal.SIGKILL)
-            code = run.wait(150)
+            os.kill(rank_of([agent.pid for agent in agents], 0), signal.SIGKILL)
+            codes = [agent.wait(150) for agent in agents]
         finally:
-            run.kill()
+            for agent in agents:
+                agent.kill()
     said = log.read_text()
-    assert code == 0, said
+    assert codes == [0] * nodes, said
     assert [record["step"] for record in records(tmp_path)] == list(range(24)), said
     assert said.count("going on from") == 1, said
     assert "a rank of the same group hangs, or is gone" in said
