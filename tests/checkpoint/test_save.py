@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from support.runs import module
-from torch import Tensor
 
 from meshweave.checkpoint import save, storage
 from meshweave.checkpoint.manifest import checkpoint_folder, checkpoint_folders, newest_whole, read_manifest
@@ -47,11 +46,11 @@ def full_disk(patch: pytest.MonkeyPatch, world: World) -> None:
 
 
 def failing_write(patch: pytest.MonkeyPatch, world: World) -> None:
-    def failing(tensors: dict[str, Tensor]) -> bytes:
+    def failing(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if world.rank == 1:
-        patch.setattr(storage, "serialized", failing)
+        patch.setattr(storage, "write_shard", failing)
 
 
 FAULTS: dict[Callable[[pytest.MonkeyPatch, World], None], str] = {

@@ -148,6 +148,15 @@ def checksum(data: bytes) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
+def file_checksum(file: Path) -> str:
+    """Of a file's content."""
+    digest = xxhash.xxh3_64()
+    with file.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _named(folder: Path, names: Iterable[str] | Mapping[str, Any], fault: Callable[[str], str | None]) -> None:
     faults = [f"{name} {found}" for name in names if (found := fault(name)) is not None]
     if faults:
@@ -163,11 +172,8 @@ def _size_fault(file: Path, wanted: int) -> str | None:
 
 
 def _sum_fault(file: Path, wanted: str) -> str | None:
-    digest = xxhash.xxh3_64()
     try:
-        with file.open("rb") as stream:
-            while block := stream.read(_READ_BYTES):
-                digest.update(block)
+        found = file_checksum(file)
     except OSError as error:
         return f"is not readable ({error.strerror})"
-    return None if digest.hexdigest() == wanted else "is not what was written (its checksum differs)"
+    return None if found == wanted else "is not what was written (its checksum differs)"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialized
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, StorageReader, StorageWriter
 from torch.distributed.checkpoint.metadata import (
@@ -26,8 +25,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from meshweave.checkpoint.disk import require_space, sync, write_durably
-from meshweave.checkpoint.manifest import StoredFile, checksum
+from meshweave.checkpoint.manifest import StoredFile, checksum, file_checksum
 from meshweave.checkpoint.pieces import Piece
+from meshweave.checkpoint.shards import Entry, write_shard
 from meshweave.checkpoint.state import parameter_key
 from meshweave.errors import CheckpointError, cause
 
@@ -35,7 +35,7 @@ TENSORS = "tensors.json"
 """Which box of which tensor lies in which file."""
 
 _FILE_BYTES = 1 << 30
-"""About how long a file gets; so much is copied while it is written."""
+"""About how long a file gets."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,9 @@ class Writer(StorageWriter):
         results = []
         for number, items in enumerate(_batches(plan.items)):
             name = f"rank-{self.rank}-{number}.safetensors"
-            boxes = {_key(item.index): planner.resolve_data(item).contiguous().cpu() for item in items}  # type: ignore[union-attr]
-            data = serialized(boxes)
-            stored = StoredFile(bytes=len(data), xxh3=checksum(data))
-            (self.folder / name).write_bytes(data)
+            write_shard(self.folder / name, [_entry(item) for item in items], _boxes(items, planner))
             sync(self.folder / name)
+            stored = StoredFile(bytes=(self.folder / name).stat().st_size, xxh3=file_checksum(self.folder / name))
             results += [WriteResult(item.index, _bytes(item), _Stored(name, stored)) for item in items]
         sync(self.folder)
         written: Future[list[WriteResult]] = Future()
@@ -265,6 +263,18 @@ def _key(index: MetadataIndex) -> str:
 def _bytes(item: WriteItem) -> int:
     assert item.tensor_data is not None
     return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+
+
+def _entry(item: WriteItem) -> Entry:
+    assert item.tensor_data is not None
+    return Entry(_key(item.index), item.tensor_data.properties.dtype, tuple(item.tensor_data.chunk.sizes))
+
+
+def _boxes(items: list[WriteItem], planner: SavePlanner) -> Iterator[tuple[str, Tensor]]:
+    for item in items:
+        box = planner.resolve_data(item)
+        assert isinstance(box, Tensor)
+        yield _key(item.index), box.cpu()
 
 
 def _batches(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
