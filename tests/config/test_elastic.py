@@ -65,6 +65,8 @@ def test_a_layout_that_is_not_taken_is_checked_all_the_same(tmp_path: Path) -> N
         loaded(tmp_path, 8, RUN.replace("pp: 2", "pp: 3"))
     with pytest.raises(ConfigError, match=r"layouts: a list of sections with `modules`"):
         loaded(tmp_path, 8, RUN.replace("layouts:", "layouts: 3\nother:"))
+    with pytest.raises(ConfigError, match=r"layouts: a list of sections with `modules`"):
+        loaded(tmp_path, 8, RUN.replace("layouts:", "layouts: {}\nother:"))
     with pytest.raises(
         ConfigError, match=r"layouts\[0\]\.train: a layout has modules, schedule, idle_ranks, node_size; the rest"
     ):

@@ -272,6 +272,8 @@ def test_a_run_that_is_another_one_is_refused_until_that_is_allowed(
     saved = checkpoint_folder(whole.output, 4)
     with pytest.raises(ConfigError, match=message):
         trained(run, Start(checkpoint=saved))
+    with pytest.raises(ConfigError, match=r"--allow-changed train\.bach_size: there is no such key"):
+        trained(run, Start(checkpoint=saved, allow_changed=("train.bach_size",)))
     key = message.split(":")[0].replace("\\", "")
     allowed = Start(checkpoint=saved, allow_changed=("data" if change == "data" else key,))
     assert trained(run, allowed).steps == 6

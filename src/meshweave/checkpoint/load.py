@@ -44,6 +44,12 @@ def require_same_run(folder: Path, manifest: Manifest, run: RunConfig, samples: 
     """
     before, now = dict(_leaves(manifest.run)), dict(_leaves(run.model_dump(mode="json", by_alias=True)))
     before["data.samples"], now["data.samples"] = manifest.samples, samples
+    known = before.keys() | now.keys()
+    for name in allowed:
+        if not any(_within(key, name) for key in known):
+            raise ConfigError(
+                f"--allow-changed {name}: there is no such key in the run file; the keys are those that a refusal names"
+            )
     fine: list[tuple[str, str]] = []
     wrong: list[tuple[str, str]] = []
     for key in sorted(before.keys() | now.keys()):
@@ -51,7 +57,7 @@ def require_same_run(folder: Path, manifest: Manifest, run: RunConfig, samples: 
         if then == today or _makes_none(key):
             continue
         line = f"{key}: {then!r} → {today!r}"
-        asked = any(f"{key}.".startswith(f"{name}.") for name in allowed)
+        asked = any(_within(key, name) for name in allowed)
         (fine if asked or _may_change(key) else wrong).append((key, line))
     if wrong:
         lines = "\n".join(f"  {line}" for _, line in wrong)
@@ -102,6 +108,11 @@ def check_sums_together(world: World, folder: Path, manifest: Manifest) -> None:
         dist.all_gather_object(faults, fault, group=world.data_group)
     if found := [each for each in faults if each is not None]:
         raise CheckpointError("\n".join(found))
+
+
+def _within(key: str, name: str) -> bool:
+    """Whether it is the key of that name, or of that section."""
+    return f"{key}.".startswith(f"{name}.")
 
 
 def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

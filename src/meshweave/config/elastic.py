@@ -22,7 +22,7 @@ def alternatives(tree: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         ConfigError: `layouts` is no list of mappings with modules.
     """
     own = {key: value for key, value in tree.items() if key != "layouts"}
-    layouts = tree.get("layouts") or []
+    layouts = [] if tree.get("layouts") is None else tree["layouts"]
     fault = None
     if not isinstance(layouts, list) or not all(
         isinstance(its, dict) and isinstance(its.get("modules"), dict) for its in layouts
