@@ -1,4 +1,4 @@
-"""Which tests are quick? Those that took under a second when the whole suite was last measured: `make check` runs them.
+"""Which tests are quick? Those that took under half a second when the whole suite was last measured: `make check` runs them.
 
 `pytest --quick` leaves out what `slow.txt` lists; `pytest --measure` writes that list from a whole run. A new test counts as
 quick until then.
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SLOW = Path(__file__).parent / "slow.txt"
-_SECONDS = 1.0
+_SECONDS = 0.5
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
