@@ -82,7 +82,7 @@ class Stragglers:
         everyone = mine.new_empty(self._world.size * len(mine))
         if self._world.size > 1:
             with lost_ranks_named(self._world.rank, self._world.timeout_seconds, "gathering how fast ranks are"):
-                dist.all_gather_into_tensor(everyone, mine)
+                dist.all_gather_single(everyone, mine)
         else:
             everyone = mine
         paces = [Pace(*its) for its in everyone.view(self._world.size, -1).tolist()]
