@@ -1,6 +1,5 @@
 """May a run go on from a checkpoint, and how does its state come back?"""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from meshweave.config import RunConfig
 from meshweave.errors import CheckpointError, ConfigError
 from meshweave.parallel.build import LocalModel
 from meshweave.world import World
-
-logger = logging.getLogger(__name__)
 
 _ANYHOW = {"modules", "schedule", "output", "node_size", "idle_ranks", "timeout_seconds", "preemption_seconds"}
 """Sections and keys whose change leaves loss and gradients as they are."""

@@ -1,9 +1,8 @@
 """Which part of a whole tensor does this rank hold? Said in the words of torch.distributed.checkpoint (DCP)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -32,11 +31,10 @@ class Piece:
     """What is here, on any device."""
 
     @classmethod
-    def of(cls, value: Tensor, part: Tensor | None = None) -> "Piece":
-        """What this rank holds of `value`; `part` in the place of its memory, if given."""
+    def of(cls, value: Tensor) -> "Piece":
+        """What this rank holds of `value`, in its own memory."""
         value = value.detach()
-        local = value.to_local() if isinstance(value, DTensor) else value
-        return cls(tuple(value.shape), held_runs(value), local if part is None else part)
+        return cls(tuple(value.shape), held_runs(value), value.to_local() if isinstance(value, DTensor) else value)
 
     def size(self) -> torch.Size:
         """Of the whole."""
@@ -78,25 +76,24 @@ class Piece:
 
 def held_runs(value: Tensor) -> tuple[tuple[Run, ...], ...]:
     """Dim by dim, which indices of the whole `value` this rank holds, in the order in which they lie here."""
-    indices = [torch.arange(size) for size in value.shape]
+    cuts: dict[int, Tensor] = {}
     if isinstance(value, DTensor):
         for axis, placement in enumerate(value.placements):
             assert not placement.is_partial(), "a part of a sum is no part of the tensor"
             if isinstance(placement, Shard | _StridedShard):
                 # The same cut of an index as the one that made the part.
-                along = (
-                    _StridedShard(0, split_factor=placement.split_factor) if isinstance(placement, _StridedShard) else Shard(0)
-                )
-                cut, _ = along._split_tensor(
-                    indices[placement.dim], value.device_mesh.size(axis), with_padding=False, contiguous=True
-                )
-                indices[placement.dim] = cut[value.device_mesh.get_local_rank(axis)]
-    return tuple(tuple(_runs(index.tolist())) for index in indices)
+                along: Shard | _StridedShard = Shard(0)
+                if isinstance(placement, _StridedShard):
+                    along = _StridedShard(0, split_factor=placement.split_factor)
+                index = cuts.get(placement.dim, torch.arange(value.shape[placement.dim]))
+                parts, _ = along._split_tensor(index, value.device_mesh.size(axis), with_padding=False, contiguous=True)
+                cuts[placement.dim] = parts[value.device_mesh.get_local_rank(axis)]
+    return tuple(runs_of(cuts[dim]) if dim in cuts else ((0, 0, size),) for dim, size in enumerate(value.shape))
 
 
-def _runs(indices: list[int]) -> Iterator[Run]:
-    start = 0
-    for position in range(1, len(indices) + 1):
-        if position == len(indices) or indices[position] != indices[position - 1] + 1:
-            yield indices[start], start, position - start
-            start = position
+def runs_of(index: Tensor) -> tuple[Run, ...]:
+    """Indices, in any order, as runs of those that follow one another; a save asks for every dim of every tensor."""
+    if not len(index):
+        return ()
+    starts = [0, *((index.diff() != 1).nonzero().flatten() + 1).tolist()]
+    return tuple((int(index[start]), start, stop - start) for start, stop in pairwise([*starts, len(index)]))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from meshweave.checkpoint.collect import held_parameters
 from meshweave.checkpoint.pieces import Piece
 from meshweave.config import RunConfig
 from meshweave.errors import CheckpointError
@@ -41,7 +42,10 @@ def held_state(model: LocalModel, optimizer: Optimizer, world: World) -> dict[st
     numbers differ from rank to rank, so each rank has a key of its own: of equal keys DCP keeps one rank's value, any rank's.
     """
     state = {}
-    for name, parameter in _parameters(model, copies=False).items():
+    copies = {name for part in model.modules.values() for name in part.copies}
+    for name, parameter in held_parameters(model).items():
+        if name in copies:
+            continue
         state[parameter_key(name)] = Piece.of(parameter)
         for kind, value in optimizer.state.get(parameter, {}).items():
             state[f"{_OPTIMIZER}.{kind}.{name}"] = Piece.of(value)
@@ -55,7 +59,7 @@ def wanted_state(model: LocalModel, optimizer: Optimizer, world: World, stored: 
     optimizer for its state, which would count as a step of it. Random numbers go on where as many ranks wrote them.
     """
     wanted = {}
-    for name, parameter in _parameters(model, copies=True).items():
+    for name, parameter in held_parameters(model).items():
         wanted[parameter_key(name)] = Piece.of(parameter)
         kinds = [kind for kind in _KINDS if f"{_OPTIMIZER}.{kind}.{name}" in stored]
         if kinds and parameter.requires_grad:
@@ -87,15 +91,6 @@ def check_parameters(stored: Mapping[str, tuple[int, ...]], shapes: Mapping[str,
         if there.get(name) != shapes.get(name):
             theirs, ours = (f"has shape {found[name]}" if name in found else "is missing" for found in (there, shapes))
             raise CheckpointError(f"it is of another model: {name} {theirs} in it and {ours} in the model")
-
-
-def _parameters(model: LocalModel, *, copies: bool) -> dict[str, nn.Parameter]:
-    return {
-        name: parameter
-        for part in model.modules.values()
-        for name, parameter in part.parameters.items()
-        if copies or name not in part.copies
-    }
 
 
 def _empty(kind: str, parameter: nn.Parameter) -> Tensor:

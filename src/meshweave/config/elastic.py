@@ -7,7 +7,7 @@ from meshweave.config.run import RunConfig
 from meshweave.errors import ConfigError
 
 _KEPT = ("lr", "frozen")
-
+"""Of a module: what is no matter of layout."""
 
 _KEYS = ("modules", "schedule", "idle_ranks", "node_size")
 """Of a layout; what one leaves out is as by default."""
